@@ -1,0 +1,1 @@
+"""Put vattention's memory under the caches of existing frameworks, one package for each."""

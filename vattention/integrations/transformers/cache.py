@@ -1,0 +1,683 @@
+"""A transformers `Cache` whose keys and values stay where they were first written.
+
+One allocator holds all layers of one type (full attention, sliding window), because those layers
+have one shape and grow together; allocators of different types draw on one pool. A sequence of the
+batch is a slot of each allocator, and the batch is a run of consecutive slots, so what attention
+receives is a plain view: `buffer[first_row : first_row + batch, start:stop].transpose(1, 2)`. New
+tokens are written in place behind the old ones. Old tokens move only when the batch itself is
+rearranged, and then only those in which two rows differ.
+
+    VAttentionCache -> VAttentionLayer, one per model layer
+                    -> _LayerGroup, one per layer type -> KVAllocator
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+
+from vattention import (
+    ConfigError,
+    KVAllocator,
+    KVLayout,
+    Pool,
+    Sequence,
+    SequenceTooLong,
+    VAttentionError,
+)
+from vattention.config import check_int
+
+__all__ = ["CacheStats", "VAttentionCache", "VAttentionLayer"]
+
+Order = Literal["layer", "token"]
+
+# Layer types of a config that keep one key and one value per token, and whether the layer sees only
+# a window of them. Chunked attention differs from sliding attention in its mask alone.
+_IS_WINDOWED: Mapping[str, bool] = {
+    "full_attention": False,
+    "sliding_attention": True,
+    "chunked_attention": True,
+}
+
+# Giving memory back costs driver calls, so it waits until at least this many tokens can go.
+_MIN_TRIM_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStats:
+    """What a cache holds.
+
+    Attributes:
+        batch_size: rows in use; 0 while the cache is empty.
+        num_tokens: tokens in each row, those below a sliding window included.
+        reserved_bytes: addresses reserved, over all layer types; these cost no memory.
+        mapped_bytes: memory mapped under them, over all layer types.
+        layer_types: the statistics of the allocator of each layer type that has been used.
+    """
+
+    batch_size: int
+    num_tokens: int
+    reserved_bytes: int
+    mapped_bytes: int
+    layer_types: Mapping[str, Any]
+
+
+class _Memory:
+    """The pool that the allocators of one cache share: the caller's, or one of the cache's own."""
+
+    def __init__(self, memory: int | str | None, page_bytes: int | None, pool: Pool | None) -> None:
+        if pool is not None and (memory is not None or page_bytes is not None):
+            raise ConfigError(
+                "a pool brings its own memory and page size: pass either pool=, or memory= and "
+                "page_bytes="
+            )
+        self._memory = memory
+        self._page_bytes = page_bytes
+        self._pool = pool
+
+    def pool_for(self, device: torch.device) -> Pool:
+        if self._pool is None:
+            self._pool = Pool(memory=self._memory, device=str(device), page_bytes=self._page_bytes)
+        return self._pool
+
+
+class _Shape(NamedTuple):
+    """What one update must have in common with the others of its group."""
+
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, key_states: torch.Tensor, value_states: torch.Tensor) -> _Shape:
+        if key_states.requires_grad or value_states.requires_grad:
+            raise ConfigError(
+                "VAttentionCache writes in place and carries no gradients: run the model under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
+        if key_states.shape[:3] != value_states.shape[:3] or key_states.dtype != value_states.dtype:
+            raise ConfigError(
+                "VAttentionCache needs keys and values with the same batch, heads, tokens and "
+                f"dtype; got {tuple(key_states.shape)} {key_states.dtype} "
+                f"and {tuple(value_states.shape)} {value_states.dtype}"
+            )
+        return cls(
+            num_kv_heads=key_states.shape[1],
+            head_dim=key_states.shape[3],
+            v_head_dim=value_states.shape[3],
+            dtype=key_states.dtype,
+            device=key_states.device,
+        )
+
+
+class _LayerGroup:
+    """The layers of one type: one allocator, a row of it for each sequence of the batch.
+
+    Between two calls these hold:
+        - rows are consecutive slots; the first `batch` of them are mapped for the tokens
+          `[released, mapped)` (rounded outwards to pages), the others for none;
+        - `released <= window_start(lengths[i])` and `lengths[i] <= mapped` for every layer i;
+        - outside of a forward pass all entries of `lengths` are equal;
+        - rows i and j hold the same bytes for the tokens below `alike[i, j]`, where i != j.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        window: int | None,
+        num_layers: int,
+        max_batch_size: int,
+        max_seq_len: int,
+        order: Order,
+        memory: _Memory,
+    ) -> None:
+        self.name = name
+        self.window = window
+        self.lengths = [0] * num_layers
+        self.batch = 0
+        self.mapped = 0
+        self.released = 0
+        self.recording = False
+        self.max_seq_len = max_seq_len
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self._settled = 0
+        self._alike = torch.zeros(0, 0, dtype=torch.long)
+        self._max_batch_size = max_batch_size
+        self._order = order
+        self._memory = memory
+        self._shape: _Shape | None = None
+        self._kv: KVAllocator | None = None
+        self._rows: list[Sequence] = []
+        self._closed = False
+
+    @property
+    def length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def max_batch_size(self) -> int:
+        return len(self._rows) or self._max_batch_size
+
+    def window_start(self, length: int) -> int:
+        """The first token that the query after `length` tokens can see."""
+        return 0 if self.window is None else max(0, length - self.window + 1)
+
+    # Growth
+
+    def update(
+        self, index: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new tokens of layer `index` and return all that its queries can see."""
+        self.bind(key_states, value_states)
+        start = self.lengths[index]
+        stop = start + key_states.shape[2]
+        if stop > self.mapped:
+            self._extend(stop)
+        keys, values = self.keys[index], self.values[index]
+        keys[: self.batch, start:stop].copy_(key_states.transpose(1, 2))
+        values[: self.batch, start:stop].copy_(value_states.transpose(1, 2))
+        self.lengths[index] = stop
+        return self.view(keys, start, stop), self.view(values, start, stop)
+
+    def view(self, buffer: torch.Tensor, seen: int, stop: int) -> torch.Tensor:
+        """`buffer` as [batch, heads, tokens, dim]: what is visible after `seen` tokens."""
+        return buffer[: self.batch, self.window_start(seen) : stop].transpose(1, 2)
+
+    def bind(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Check that the tensors fit what is held; while that is nothing, make room for them."""
+        shape, batch = _Shape.of(key_states, value_states), key_states.shape[0]
+        if self._closed:
+            raise ConfigError("this VAttentionCache is closed: construct another one")
+        if self.mapped == 0:
+            if shape != self._shape or batch > len(self._rows):
+                self._build(shape, max(batch, self._max_batch_size))
+            if batch != self.batch:
+                self.batch = batch
+                self._alike = torch.zeros(batch, batch, dtype=torch.long)
+        elif shape != self._shape:
+            raise ConfigError(
+                f"the {self.name} layers of one VAttentionCache must be alike: they began with "
+                f"{self._shape}, now came {shape}"
+            )
+        elif batch != self.batch:
+            raise ConfigError(
+                f"the cache holds a batch of {self.batch}, the update has {batch}: call reset() "
+                "before another batch, or batch_repeat_interleave() to continue this one in "
+                "several ways"
+            )
+
+    def _build(self, shape: _Shape, num_rows: int) -> None:
+        self._drop()
+        layout = KVLayout(
+            num_layers=len(self.lengths),
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            v_head_dim=None if shape.v_head_dim == shape.head_dim else shape.v_head_dim,
+            dtype=shape.dtype,
+            order=self._order,
+        )
+        # Tensors made inside inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            kv = KVAllocator(
+                layout,
+                max_sequences=num_rows,
+                max_seq_len=self.max_seq_len,
+                pool=self._memory.pool_for(shape.device),
+            )
+            layers = [kv.layer(index) for index in range(layout.num_layers)]
+        if layers[0][0].device != shape.device:
+            kv.close()
+            raise ConfigError(
+                f"the {self.name} layers are on {shape.device}, their memory on "
+                f"{layers[0][0].device}: VAttentionCache serves the layers of one device, from a "
+                "pool on that device"
+            )
+        rows = kv.allocate_batch(num_rows, 0)
+        run = slice(rows[0].slot, rows[0].slot + num_rows)
+        self.keys = [keys[run] for keys, _ in layers]
+        self.values = [values[run] for _, values in layers]
+        self._kv, self._rows, self._shape = kv, rows, shape
+
+    def _extend(self, stop: int) -> None:
+        """Map the rows in use up to token `stop`, after giving back what left the window."""
+        if stop > self.max_seq_len:
+            raise SequenceTooLong(
+                f"{stop} tokens do not fit a VAttentionCache of max_seq_len={self.max_seq_len}: "
+                "construct it with a larger max_seq_len (addresses cost no memory), or generate "
+                "fewer tokens"
+            )
+        assert self._kv is not None
+        rows = self._rows[: self.batch]
+        if self.window is not None:
+            needed = self.window_start(self._settled if self.recording else min(self.lengths))
+            if needed - self.released >= max(_MIN_TRIM_TOKENS, self.window // 4):
+                for row in rows:
+                    row.trim_front(needed)
+                self.released = needed
+        self._kv.step(dict.fromkeys(rows, stop))
+        self.mapped = stop
+
+    # Shrinking
+
+    def record(self, recording: bool) -> None:
+        """While recording, keep what `crop` may return to: all since the last `crop`."""
+        if recording and not self.recording:
+            self._settled = self.length
+        self.recording = recording
+
+    def length_after_crop(self, tokens_to_remove: int) -> int:
+        """The length that `crop` leaves; see `VAttentionCache.crop` for what is raised."""
+        length = self.length
+        if self.window is not None and length >= self.window:
+            if not self.recording:
+                raise RuntimeError(
+                    "the sliding window is full and the cache was not told to keep the tokens "
+                    "below it: call activate_past_recording() before the tokens that crop() is to "
+                    "remove are added"
+                )
+            if tokens_to_remove > 0:
+                raise RuntimeError(
+                    "the sliding window is full: crop() takes the number of tokens to remove, as a "
+                    "negative number"
+                )
+        # A positive number is the length to keep, which transformers drops in 5.18.
+        cropped = (
+            min(tokens_to_remove, length) if tokens_to_remove > 0 else length + tokens_to_remove
+        )
+        cropped = max(0, cropped)
+        if self.window_start(cropped) < self.released:
+            raise RuntimeError(
+                f"crop() to {cropped} tokens needs tokens from {self.window_start(cropped)} on, "
+                f"but memory below token {self.released} was given back when it left the window"
+            )
+        return cropped
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on; their memory goes back if it is much."""
+        self.lengths = [min(length, old) for old in self.lengths]
+        self._settled = length
+        self._alike.clamp_(max=length)
+        if length == 0:
+            self.batch = 0
+            self.trim_idle_rows()
+            self.mapped = self.released = 0
+        elif self.mapped - length >= _MIN_TRIM_TOKENS:
+            for row in self._rows[: self.batch]:
+                row.trim(length)
+            self.mapped = length
+
+    def trim_idle_rows(self) -> None:
+        """Give back the memory of the rows that are not in the batch."""
+        for row in self._rows[self.batch :]:
+            if row.length > 0:
+                row.trim(0)
+
+    # Rearrangement of the batch
+
+    def back_rows(self, num_rows: int) -> None:
+        """Map rows behind the batch, as far as the batch is mapped, so that `num_rows` are."""
+        if num_rows > len(self._rows):
+            raise ConfigError(
+                f"a batch of {num_rows} does not fit the {len(self._rows)} rows of this "
+                f"VAttentionCache: construct it with max_batch_size={num_rows} (addresses cost no "
+                "memory)"
+            )
+        added = self._rows[self.batch : num_rows]
+        if added:
+            assert self._kv is not None
+            self._kv.step(dict.fromkeys(added, self.mapped))
+            if self.released:
+                for row in added:
+                    row.trim_front(self.released)
+
+    def gather(self, sources: list[int]) -> None:
+        """Let row i hold what row `sources[i]` held, for every i. The rows must be mapped.
+
+        Rows that were once copied from one another are alike up to the token at which they parted
+        (beams of one prompt), so only what follows is copied.
+        """
+        length = self.length
+        moves = [
+            (target, source, start)
+            for target, source in enumerate(sources)
+            if target != source
+            and (start := max(self.released, self._num_alike(target, source))) < length
+        ]
+        targets = {target for target, _, _ in moves}
+        for buffer in (*self.keys, *self.values):
+            # A row that is both read and written is read first: in a cycle none could go first.
+            taken = [
+                buffer[source, start:length].clone()
+                if source in targets
+                else buffer[source, start:length]
+                for _, source, start in moves
+            ]
+            for (target, _, start), tokens in zip(moves, taken, strict=True):
+                buffer[target, start:length].copy_(tokens)
+        self._alike.fill_diagonal_(length)
+        self._alike = self._alike[sources][:, sources]
+        self.batch = len(sources)
+
+    def _num_alike(self, row: int, other: int) -> int:
+        return int(self._alike[row, other]) if row < self.batch else 0
+
+    # The end
+
+    def stats(self) -> Any:
+        return None if self._kv is None else self._kv.stats()
+
+    def close(self) -> None:
+        self._drop()
+        self._closed = True
+
+    def _drop(self) -> None:
+        kv, self._kv = self._kv, None
+        self.lengths = [0] * len(self.lengths)
+        self.batch = self.mapped = self.released = self._settled = 0
+        self.keys, self.values, self._rows, self._shape = [], [], [], None
+        if kv is not None:
+            kv.close()
+
+
+class VAttentionLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One model layer's keys and values in a `VAttentionCache`.
+
+    The layers of a type share their rows: what concerns whole rows is done by the cache, not here.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, group: _LayerGroup, index: int) -> None:
+        # The base class would set keys, values and is_initialized, which are computed here.
+        self._group = group
+        self._index = index
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether the layer sees only a window of the tokens."""
+        return self._group.window is not None
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether addresses are reserved."""
+        return bool(self._group.keys)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys held, [batch, heads, tokens, dim]: a view, good until the next update."""
+        return self._held(self._group.keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values held, as `keys`."""
+        return self._held(self._group.values)
+
+    def _held(self, buffers: list[torch.Tensor]) -> torch.Tensor | None:
+        if not buffers:
+            return None
+        length = self.get_seq_length()
+        return self._group.view(buffers[self._index], length, length)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens below a sliding window are kept until the next `crop`."""
+        return self._group.recording
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        self._group.record(recording)
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens below a sliding window until the next `crop`, which may go back to them."""
+        self._group.record(True)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Reserve addresses for tensors like these ([batch, heads, tokens, dim]); map nothing."""
+        self._group.bind(key_states, value_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `VAttentionCache.update`, for this layer."""
+        return self._group.update(self._index, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, those below a sliding window included."""
+        return self._group.lengths[self._index]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number and first position of the keys that `update` will return."""
+        length = self.get_seq_length()
+        offset = self._group.window_start(length)
+        return length + query_length - offset, offset
+
+    def get_max_length(self) -> int:
+        """The window of a sliding layer, else the tokens that fit."""
+        return self._group.max_seq_len if self._group.window is None else self._group.window
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "the layers of a VAttentionCache share their rows: call this on the cache"
+        )
+
+    reset = reorder_cache = offload = prefetch = _refuse
+    crop = batch_repeat_interleave = batch_select_indices = _refuse
+
+
+class VAttentionCache(Cache):  # type: ignore[misc]
+    """A cache for `generate(past_key_values=...)` that neither concatenates nor preallocates.
+
+    It reserves addresses for `max_batch_size` sequences of `max_seq_len` tokens and maps memory
+    as they grow. `generate()` gives the same tokens as with `DynamicCache(config=config)`: greedy,
+    sampled, beam search, assisted and prompt-lookup decoding, chunked prefill, continued chats.
+    Memory that leaves a sliding window goes back to the pool.
+
+    Addresses, device and dtype come with the first update. If that brings more sequences than
+    `max_batch_size` (beam search multiplies them), rows are reserved for as many.
+
+    For inference, from one thread. Tensors that `update` returns are views, good until the next
+    update of their layer, `crop`, `reset`, `close` or rearrangement of the batch.
+
+    Args:
+        config: the model's config. Layers that keep something else than a key and a value per token
+            (linear attention, state space) and encoder-decoder models are refused.
+        max_batch_size: sequences, beams and returned sequences counted one by one.
+        max_seq_len: tokens of the longest sequence, with prompt, padding and an assistant's
+            candidates.
+        memory: budget in bytes, or as "60GiB"; by default what the device has.
+        page_bytes: page size, on the host backend only.
+        pool: draw on this pool instead of one of the cache's own.
+        order: "token" (all layers of a token side by side, so that a short sequence takes little
+            memory) or "layer".
+
+    Raises:
+        ConfigError: the model or an argument is not supported.
+
+    `update`, and with it the model's forward pass and `generate()`, raises
+        OutOfPages: the budget is spent.
+        SequenceTooLong: a sequence would exceed `max_seq_len`.
+        ConfigError: the tensors do not fit what is held, or carry gradients.
+    After each of these the cache is as it was before the forward pass.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        max_batch_size: int = 4,
+        max_seq_len: int = 4096,
+        *,
+        memory: int | str | None = None,
+        page_bytes: int | None = None,
+        pool: Pool | None = None,
+        order: Order = "token",
+    ) -> None:
+        check_int(max_batch_size, name="max_batch_size", minimum=1)
+        check_int(max_seq_len, name="max_seq_len", minimum=1)
+        if order not in get_args(Order):
+            raise ConfigError(f"order must be one of {get_args(Order)}; got {order!r}")
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"VAttentionCache serves decoder-only models; {config.model_type} has an encoder, "
+                "whose keys and values need a cache of their own"
+            )
+        layer_types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        for layer_type in layer_types:
+            if layer_type not in _IS_WINDOWED:
+                raise ConfigError(
+                    f"VAttentionCache cannot hold {layer_type} layers, which {config.model_type} "
+                    f"has; it holds {', '.join(_IS_WINDOWED)}"
+                )
+        shared = _Memory(memory, page_bytes, pool)
+        self._groups = {
+            layer_type: _LayerGroup(
+                layer_type,
+                window=options["sliding_window"] if _IS_WINDOWED[layer_type] else None,
+                num_layers=layer_types.count(layer_type),
+                max_batch_size=max_batch_size,
+                max_seq_len=max_seq_len,
+                order=order,
+                memory=shared,
+            )
+            for layer_type in dict.fromkeys(layer_types)
+        }
+        super().__init__(
+            layers=[
+                VAttentionLayer(self._groups[layer_type], layer_types[:index].count(layer_type))
+                for index, layer_type in enumerate(layer_types)
+            ]
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in use, or -1 while the cache is empty."""
+        return max(group.batch for group in self._groups.values()) or -1
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append tokens to a layer and return what its queries attend to.
+
+        Args:
+            key_states: [batch, heads, new tokens, head_dim].
+            value_states: [batch, heads, new tokens, v_head_dim].
+            layer_idx: the layer.
+            *args: what models pass for other caches; not used.
+            **kwargs: likewise.
+
+        Returns:
+            Keys and values, [batch, heads, tokens, dim]: views of memory that never moves.
+
+        Raises:
+            OutOfPages, SequenceTooLong, ConfigError: see the class.
+        """
+        try:
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except VAttentionError:
+            # Earlier layers may have taken this pass's tokens already: forget them.
+            shortest = min(layer.get_seq_length() for layer in self.layers)
+            for group in self._groups.values():
+                if group.length > shortest:
+                    group.truncate(shortest)
+            raise
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens; a positive number is the length to keep.
+
+        With sliding layers whose window is full this needs `activate_past_recording()` before
+        those tokens are added, as with the default cache; `crop(0)` then says that all stay.
+
+        Raises:
+            RuntimeError: tokens that would become visible again are gone. Nothing has changed.
+        """
+        # Assisted decoding passes a tensor of one number.
+        count = int(tokens_to_remove)
+        lengths = [group.length_after_crop(count) for group in self._groups.values()]
+        for group, length in zip(self._groups.values(), lengths, strict=True):
+            group.truncate(length)
+
+    def reset(self) -> None:
+        """Forget everything. Memory goes back to the pool, addresses stay."""
+        for group in self._groups.values():
+            group.truncate(0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let row i hold what row `beam_idx[i]` holds: copy what differs, after the device is done."""
+        self._rearrange(lambda rows: rows[beam_idx.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let each row be followed by `repeats - 1` copies of it.
+
+        Raises:
+            ConfigError: more rows than are reserved. Nothing has changed.
+            OutOfPages: the budget is spent. Nothing has changed.
+        """
+        self._rearrange(lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (numbers or a mask), in that order, and give back the others."""
+        self._rearrange(lambda rows: rows[torch.as_tensor(indices).cpu()])
+
+    def _rearrange(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let row i of the batch hold what row `choose(row numbers)[i]` holds now."""
+        if self.batch_size < 0:
+            return
+        sources: list[int] = choose(torch.arange(self.batch_size)).tolist()
+        if not sources:
+            self.reset()
+            return
+        groups = self._groups.values()
+        try:
+            for group in groups:
+                group.back_rows(len(sources))
+            for group in groups:
+                group.gather(sources)
+        finally:
+            for group in groups:
+                group.trim_idle_rows()
+
+    def stats(self) -> CacheStats:
+        """What the cache holds now."""
+        used = {
+            name: stats
+            for name, group in self._groups.items()
+            if (stats := group.stats()) is not None
+        }
+        return CacheStats(
+            batch_size=max(0, self.batch_size),
+            num_tokens=self.get_seq_length(),
+            reserved_bytes=sum(stats.reserved_bytes for stats in used.values()),
+            mapped_bytes=sum(stats.mapped_bytes for stats in used.values()),
+            layer_types=used,
+        )
+
+    def close(self) -> None:
+        """Give back memory and addresses; collecting the cache does the same. Twice is harmless."""
+        for group in self._groups.values():
+            group.close()
+
+    def __enter__(self) -> VAttentionCache:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,445 @@
+"""Where each byte of a KV cache lies: pure arithmetic, no memory.
+
+The terms, from small to large:
+
+- A *component* is one token's K, or V, of one layer: ``[num_kv_heads, head_dim]``, packed.
+- A *row* is what one token occupies contiguously in a region: one or more components.
+- A *slot* is the rows of one sequence, token after token.
+- A *region* is an array of slots, one for each sequence. A layout has one or more.
+
+What is always true: components start at multiples of `ALIGNMENT_BYTES` and never overlap; row and
+slot strides are multiples of it too; a slot starts at the start of a page, and rows need not divide
+pages. One token's row has the same number in every region, so growing a sequence by a token grows
+its slot in each region by one row.
+
+``order="layer"`` gives each layer's K, and each layer's V, a region of its own: what a kernel reads
+is dense, and a sequence holds at least one page in each region. ``order="token"`` puts several
+layers into a row: a page then holds few tokens of many layers, which suits short sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from vattention.config import MAX_BYTES, check_int, format_bytes
+from vattention.errors import ConfigError
+
+__all__ = ["ALIGNMENT_BYTES", "Geometry", "KVLayout", "Placement", "TensorSpec"]
+
+ALIGNMENT_BYTES = 16
+"""Kernels that load by TMA need bases and strides that are multiples of this."""
+
+_MAX_LAYERS = 2**20
+
+# By name, since which of the 8-bit floats exist depends on the version of torch.
+_DTYPE_NAMES = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a layer's components lie in a row.
+
+    Attributes:
+        k_region: index of the region that holds K.
+        k_offset_bytes: start of K in a row of that region.
+        v_region: index of the region that holds V.
+        v_offset_bytes: start of V in a row of that region. The V of a latent has no bytes; its
+            offset is the end of K, rounded up to `ALIGNMENT_BYTES`, in K's region.
+    """
+
+    k_region: int
+    k_offset_bytes: int
+    v_region: int
+    v_offset_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Where slots lie in a reservation, whose regions stand back to back.
+
+    Attributes:
+        region_offsets_bytes: start of each region; a multiple of the page.
+        slot_strides_bytes: for each region, from one slot to the next; a multiple of the page.
+        reserved_bytes: addresses of all regions together.
+    """
+
+    region_offsets_bytes: tuple[int, ...]
+    slot_strides_bytes: tuple[int, ...]
+    reserved_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One layer's K or V over all slots, as a strided tensor.
+
+    Attributes:
+        offset_bytes: its first element, from the start of the reservation; a multiple of
+            `ALIGNMENT_BYTES`.
+        shape: ``[max_sequences, max_seq_len, num_kv_heads, head_dim]``.
+        strides: in elements, one for each of those.
+    """
+
+    offset_bytes: int
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """The shape of a KV cache and the order of its bytes.
+
+    Attributes:
+        num_layers: layers that keep K and V; 1 to 1,048,576.
+        num_kv_heads: heads of K, and of V, that one layer keeps for a token.
+        head_dim: elements in a head of K. A multiple of 16 bytes lets TMA address single heads.
+        dtype: float32, float16, bfloat16, an 8-bit float, or a signed or unsigned 1-byte, or
+            signed 2- or 4-byte integer.
+        order: ``"token"``: layers share a row. ``"layer"``: a region for each layer's K and V.
+        v_head_dim: elements in a head of V; None: as many as K has; 0: there is no V, K is a
+            latent that serves as both (MLA).
+        layers_per_row: only for token order: so many layers in a row; None: all. Regions follow
+            each other until all layers are placed, so the last may hold fewer.
+        row_padding_bytes: only for token order: bytes left unused at the end of every row; a
+            multiple of `ALIGNMENT_BYTES`. Rows whose size is a high power of two read a little
+            slower than padded ones.
+
+    Raises:
+        ConfigError: an argument cannot be used; the message says which and what is allowed.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    order: Literal["layer", "token"] = "token"
+    v_head_dim: int | None = None
+    layers_per_row: int | None = None
+    row_padding_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        check_int(self.num_layers, name="num_layers", minimum=1, maximum=_MAX_LAYERS)
+        check_int(self.num_kv_heads, name="num_kv_heads", minimum=1)
+        check_int(self.head_dim, name="head_dim", minimum=1)
+        if self.v_head_dim is not None:
+            check_int(self.v_head_dim, name="v_head_dim", minimum=0)
+        _check_dtype(self.dtype)
+        if self.order not in ("layer", "token"):
+            raise ConfigError(f'order must be "layer" or "token"; got {self.order!r}')
+        if self.layers_per_row is not None:
+            if self.order == "layer":
+                raise ConfigError(
+                    f'layers_per_row must be None with order="layer", where a row holds one '
+                    f"layer's K or V; got {self.layers_per_row!r}"
+                )
+            check_int(
+                self.layers_per_row, name="layers_per_row", minimum=1, maximum=self.num_layers
+            )
+        _check_aligned(self.row_padding_bytes, name="row_padding_bytes", minimum=0)
+        if self.order == "layer" and self.row_padding_bytes:
+            raise ConfigError(
+                f'row_padding_bytes must be 0 with order="layer"; got {self.row_padding_bytes}'
+            )
+
+    @classmethod
+    def latent(
+        cls,
+        *,
+        num_layers: int,
+        latent_dim: int,
+        dtype: torch.dtype,
+        order: Literal["layer", "token"] = "token",
+        layers_per_row: int | None = None,
+        row_padding_bytes: int = 0,
+    ) -> KVLayout:
+        """Return the layout of a cache that keeps one latent vector a layer and token (MLA).
+
+        Args:
+            num_layers: see `KVLayout`.
+            latent_dim: elements of the vector, the decoupled rotary key included.
+            dtype: see `KVLayout`.
+            order: see `KVLayout`.
+            layers_per_row: see `KVLayout`.
+            row_padding_bytes: see `KVLayout`.
+
+        Raises:
+            ConfigError: as `KVLayout` does.
+        """
+        check_int(latent_dim, name="latent_dim", minimum=1)
+        return cls(
+            num_layers=num_layers,
+            num_kv_heads=1,
+            head_dim=latent_dim,
+            dtype=dtype,
+            order=order,
+            v_head_dim=0,
+            layers_per_row=layers_per_row,
+            row_padding_bytes=row_padding_bytes,
+        )
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether there is no V."""
+        return self.v_head_dim == 0
+
+    @property
+    def v_dim(self) -> int:
+        """Elements in a head of V: `v_head_dim`, or what its None stands for."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def k_bytes(self) -> int:
+        """A token's own bytes of K in one layer, nothing rounded."""
+        return self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def v_bytes(self) -> int:
+        """A token's own bytes of V in one layer, nothing rounded; 0 for a latent."""
+        return self.num_kv_heads * self.v_dim * self.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """A token's own bytes over all layers, K and V, nothing rounded or padded."""
+        return self.num_layers * (self.k_bytes + self.v_bytes)
+
+    @property
+    def token_stride_bytes(self) -> int:
+        """Bytes that one more token takes in all regions together, padding included."""
+        return sum(self.row_bytes)
+
+    @property
+    def num_regions(self) -> int:
+        """Regions: for layer order 2 a layer (1 for a latent); for token order 1 a row."""
+        if self.order == "layer":
+            return self.num_layers * (1 if self.is_latent else 2)
+        return -(-self.num_layers // self._layers_per_row)
+
+    # The allocator asks at every growth and there may be many regions, so this is kept.
+    @cached_property
+    def row_bytes(self) -> tuple[int, ...]:
+        """For each region, from one token's row to the next; multiples of `ALIGNMENT_BYTES`."""
+        k_bytes, v_bytes = self._k_stride_bytes, self._v_stride_bytes
+        if self.order == "layer":
+            one_layer = (k_bytes,) if self.is_latent else (k_bytes, v_bytes)
+            return one_layer * self.num_layers
+        full = self._layers_per_row * (k_bytes + v_bytes) + self.row_padding_bytes
+        rest_layers = self.num_layers % self._layers_per_row
+        if rest_layers == 0:
+            return (full,) * self.num_regions
+        rest = rest_layers * (k_bytes + v_bytes) + self.row_padding_bytes
+        return (full,) * (self.num_regions - 1) + (rest,)
+
+    def placement(self, layer: int) -> Placement:
+        """Return where a layer's K and V lie.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        check_int(layer, name="layer", minimum=0, maximum=self.num_layers - 1)
+        k_bytes = self._k_stride_bytes
+        if self.order == "layer":
+            if self.is_latent:
+                return Placement(
+                    k_region=layer, k_offset_bytes=0, v_region=layer, v_offset_bytes=k_bytes
+                )
+            return Placement(
+                k_region=2 * layer, k_offset_bytes=0, v_region=2 * layer + 1, v_offset_bytes=0
+            )
+        region, place = divmod(layer, self._layers_per_row)
+        start = place * (k_bytes + self._v_stride_bytes)
+        return Placement(
+            k_region=region,
+            k_offset_bytes=start,
+            v_region=region,
+            v_offset_bytes=start + k_bytes,
+        )
+
+    def pages(self, tokens: int, page_bytes: int) -> tuple[int, ...]:
+        """Return, for each region, how many pages hold a sequence's first rows.
+
+        Args:
+            tokens: length of the sequence; 0 or more.
+            page_bytes: size of a page; a multiple of `ALIGNMENT_BYTES`.
+
+        Raises:
+            ConfigError: an argument cannot be used.
+        """
+        check_int(tokens, name="tokens", minimum=0)
+        _check_aligned(page_bytes, name="page_bytes", minimum=1)
+        return tuple(-(-tokens * row // page_bytes) for row in self.row_bytes)
+
+    def mapped_bytes(self, tokens: int, page_bytes: int) -> int:
+        """Return the physical bytes that a sequence needs: all its `pages`, whole.
+
+        Args:
+            tokens: length of the sequence; 0 or more.
+            page_bytes: size of a page; a multiple of `ALIGNMENT_BYTES`.
+
+        Raises:
+            ConfigError: an argument cannot be used.
+        """
+        return sum(self.pages(tokens, page_bytes)) * page_bytes
+
+    def tokens_per_page(self, page_bytes: int) -> int:
+        """Return how many whole tokens one page in each region holds; 0 if a row is larger.
+
+        Regions with smaller rows hold more in their page; the largest row decides.
+
+        Args:
+            page_bytes: size of a page; a multiple of `ALIGNMENT_BYTES`.
+
+        Raises:
+            ConfigError: the argument cannot be used.
+        """
+        _check_aligned(page_bytes, name="page_bytes", minimum=1)
+        return page_bytes // max(self.row_bytes)
+
+    def region_geometry(
+        self, max_sequences: int, max_seq_len: int, page_bytes: int, slack_pages: int = 0
+    ) -> Geometry:
+        """Return where slots lie when regions stand back to back in one reservation.
+
+        Args:
+            max_sequences: slots in each region.
+            max_seq_len: tokens that a slot has addresses for.
+            page_bytes: size of a page; a multiple of `ALIGNMENT_BYTES`.
+            slack_pages: pages of addresses kept free behind every slot, in each region.
+
+        Raises:
+            ConfigError: an argument cannot be used, or the addresses exceed `MAX_BYTES`.
+        """
+        check_int(max_sequences, name="max_sequences", minimum=1)
+        check_int(max_seq_len, name="max_seq_len", minimum=1)
+        check_int(slack_pages, name="slack_pages", minimum=0)
+        strides = [
+            (pages + slack_pages) * page_bytes for pages in self.pages(max_seq_len, page_bytes)
+        ]
+        reserved_bytes = sum(strides) * max_sequences
+        if reserved_bytes > MAX_BYTES:
+            raise ConfigError(
+                f"max_sequences={max_sequences} and max_seq_len={max_seq_len} need "
+                f"{reserved_bytes} bytes of addresses, at {self.token_stride_bytes} bytes a token "
+                f"and slack_pages={slack_pages}; at most {format_bytes(MAX_BYTES)} is allowed"
+            )
+        offsets = []
+        end = 0
+        for stride in strides:
+            offsets.append(end)
+            end += stride * max_sequences
+        return Geometry(
+            region_offsets_bytes=tuple(offsets),
+            slot_strides_bytes=tuple(strides),
+            reserved_bytes=reserved_bytes,
+        )
+
+    def tensor_specs(
+        self,
+        layer: int,
+        *,
+        region_offsets_bytes: Sequence[int],
+        slot_strides_bytes: Sequence[int],
+        max_sequences: int,
+        max_seq_len: int,
+    ) -> tuple[TensorSpec, TensorSpec]:
+        """Return a layer's K and V as strided tensors over all slots.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            region_offsets_bytes: start of each region, a multiple of `ALIGNMENT_BYTES`. Regions
+                that overlap are not noticed: they may be reservations of their own.
+            slot_strides_bytes: for each region, from one slot to the next, a multiple of
+                `ALIGNMENT_BYTES` and at least ``max_seq_len`` rows.
+            max_sequences: slots; 1 or more.
+            max_seq_len: tokens that the tensors show of a slot; 1 or more.
+
+        Returns:
+            K and V, ``[max_sequences, max_seq_len, num_kv_heads, head_dim]`` (for V: `v_dim`). The
+            V of a latent has a last dimension of 0.
+
+        Raises:
+            ConfigError: an argument cannot be used.
+        """
+        place = self.placement(layer)
+        check_int(max_sequences, name="max_sequences", minimum=1)
+        check_int(max_seq_len, name="max_seq_len", minimum=1)
+        for name, given in (
+            ("region_offsets_bytes", region_offsets_bytes),
+            ("slot_strides_bytes", slot_strides_bytes),
+        ):
+            if len(given) != self.num_regions:
+                raise ConfigError(
+                    f"{name} must have one entry for each of the {self.num_regions} regions; "
+                    f"got {len(given)}"
+                )
+
+        def spec(region: int, offset_bytes: int, dim: int) -> TensorSpec:
+            row_bytes = self.row_bytes[region]
+            base = region_offsets_bytes[region]
+            _check_aligned(base, name=f"region_offsets_bytes[{region}]", minimum=0)
+            stride = slot_strides_bytes[region]
+            name = f"slot_strides_bytes[{region}]"
+            _check_aligned(stride, name=name, minimum=max_seq_len * row_bytes)
+            return TensorSpec(
+                offset_bytes=base + offset_bytes,
+                shape=(max_sequences, max_seq_len, self.num_kv_heads, dim),
+                # As torch does, a dimension of no elements counts as one in the stride above it.
+                strides=(stride // self.itemsize, row_bytes // self.itemsize, max(dim, 1), 1),
+            )
+
+        return (
+            spec(place.k_region, place.k_offset_bytes, self.head_dim),
+            spec(place.v_region, place.v_offset_bytes, self.v_dim),
+        )
+
+    @property
+    def _layers_per_row(self) -> int:
+        return self.num_layers if self.layers_per_row is None else self.layers_per_row
+
+    @property
+    def _k_stride_bytes(self) -> int:
+        return _round_up(self.k_bytes, ALIGNMENT_BYTES)
+
+    @property
+    def _v_stride_bytes(self) -> int:
+        return _round_up(self.v_bytes, ALIGNMENT_BYTES)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _check_aligned(value: object, *, name: str, minimum: int) -> None:
+    if check_int(value, name=name, minimum=minimum) % ALIGNMENT_BYTES:
+        raise ConfigError(f"{name} must be a multiple of {ALIGNMENT_BYTES}; got {value}")
+
+
+def _check_dtype(dtype: object) -> None:
+    # getattr with a default, not a look-up in torch's table: one line serves every torch.
+    allowed = [name for name in _DTYPE_NAMES if hasattr(torch, name)]
+    if not any(dtype is getattr(torch, name) for name in allowed):
+        raise ConfigError(f"dtype must be one of torch.{', torch.'.join(allowed)}; got {dtype!r}")
