@@ -1,4 +1,4 @@
-"""`VAttentionCache` in `generate()`: the same tokens as the default cache, less memory, no copies."""
+"""`VAttentionCache` in `generate()`: the tokens of the default cache, less memory, no copies."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def device(request):
     return request.param
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(
     name: str, device: str, attention: str = "sdpa", window: int = WINDOW, seed: int = 0
 ) -> Any:
@@ -284,13 +284,13 @@ def states(batch: int, tokens: int, device: str, generator: Any) -> tuple[Any, A
     return keys, values
 
 
-@pytest.mark.parametrize("recording", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_random_operations_equal_default(device, recording, seed):
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    config = CONFIGS["gemma3"]()
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma3, recording"])
+@pytest.mark.parametrize("case", range(4))
+def test_random_operations_equal_default(name, device, case, seed):
+    chance = random.Random(f"{seed} {name} {case}")
+    generator = torch.Generator().manual_seed(chance.getrandbits(32))
+    name, _, recording = name.partition(", ")
+    config = CONFIGS[name]()
     reference, batch = default_cache(config), 2
     with make_cache(config, device, max_batch_size=5) as cache:
         for each in (cache, reference):
@@ -298,7 +298,7 @@ def test_random_operations_equal_default(device, recording, seed):
                 each.activate_past_recording()
         while cache.get_seq_length() < 450:
             tokens = chance.choice([1, 1, 1, 2, 5, 19, 40])
-            for layer in range(3):
+            for layer in range(len(cache.layers)):
                 sizes = cache.get_mask_sizes(tokens, layer)
                 assert sizes == reference.get_mask_sizes(tokens, layer)
                 new = states(batch, tokens, device, generator)
@@ -306,8 +306,13 @@ def test_random_operations_equal_default(device, recording, seed):
                 for mine, other in zip(ours, reference.update(*new, layer), strict=True):
                     assert mine.shape[2] == sizes[0]
                     assert torch.equal(mine, other)
+            removed = 0
             if recording:
-                removed = chance.randrange(tokens + 1)
+                # What the window needs is kept as of the last crop, so not more than was added.
+                removed = chance.randrange(tokens)
+            elif name == "llama" and chance.random() < 0.3:
+                removed = min(chance.randrange(30), cache.get_seq_length() - 1)
+            if recording or removed:
                 for each in (cache, reference):
                     each.crop(-removed)
             match chance.randrange(6):
@@ -396,8 +401,10 @@ def token_bytes(num_layers: int) -> int:
     return num_layers * 2 * 2 * 16 * 4  # keys and values, heads, dim, fp32
 
 
-def page_bytes(device: str) -> int:
-    return PAGE_BYTES if device == "cpu" else 2 << 20
+def bytes_at_most(rows: int, tokens: int, num_layers: int, device: str) -> int:
+    """The memory of rows of so many tokens, each with a page begun at either end."""
+    page_bytes = PAGE_BYTES if device == "cpu" else 2 << 20
+    return rows * (tokens * token_bytes(num_layers) + 2 * page_bytes)
 
 
 class Watch(transformers.LogitsProcessor):
@@ -422,20 +429,34 @@ def test_memory_follows_lengths(device):
         assert stats.reserved_bytes >= 4 * 512 * token_bytes(2)
         assert (stats.batch_size, stats.num_tokens) == (2, 219)
     for tokens, mapped_bytes in enumerate(watch.mapped_bytes, start=20):
-        needed = 2 * tokens * token_bytes(2)
-        assert needed <= mapped_bytes < needed + 2 * page_bytes(device)
+        needed_bytes = 2 * tokens * token_bytes(2)
+        assert needed_bytes <= mapped_bytes <= bytes_at_most(2, tokens, 2, device)
 
 
-def test_memory_below_window_is_returned(device):
+@pytest.mark.parametrize("candidates", [None, 10])
+def test_memory_below_window_is_returned(device, candidates):
     model = build("mistral", device)
+    options = {"max_new_tokens": 500, "prompt_lookup_num_tokens": candidates}
     with make_cache(model.config, device, max_seq_len=2048) as cache:
         watch = Watch(cache)
-        generate(model, prompts(2, 20, device), cache, max_new_tokens=500, logits_processor=[watch])
-    most_tokens = WINDOW + MIN_TRIM_TOKENS + 1
-    bound = 2 * (most_tokens * token_bytes(2) + 2 * page_bytes(device))
-    assert max(watch.mapped_bytes) <= bound
-    if device == "cpu":
-        assert 2 * 519 * token_bytes(2) > 3 * bound
+        generate(model, prompts(1, 20, device), cache, logits_processor=[watch], **options)
+        tokens = WINDOW + MIN_TRIM_TOKENS + (candidates or 0)
+        bound = bytes_at_most(1, tokens, 2, device)
+        assert max(watch.mapped_bytes) <= bound
+        if device == "cpu":
+            assert 519 * token_bytes(2) > 3 * bound
+        cache.batch_repeat_interleave(3)
+        assert cache.stats().mapped_bytes <= 3 * bound
+
+
+def test_memory_of_unselected_rows_is_returned(device):
+    generator = torch.Generator().manual_seed(0)
+    with make_cache(CONFIGS["llama"](), device) as cache:
+        for layer in range(2):
+            cache.update(*states(4, 100, device, generator), layer)
+        cache.batch_select_indices(torch.tensor([False, False, True, False]))
+        assert cache.batch_size == 1
+        assert cache.stats().mapped_bytes <= bytes_at_most(1, 100, 2, device)
 
 
 def test_memory_of_a_long_prompt_shrinks_to_the_window(device):
@@ -445,8 +466,7 @@ def test_memory_of_a_long_prompt_shrinks_to_the_window(device):
             for layer in range(2):
                 keys, _ = cache.update(*states(2, tokens, device, generator), layer)
         assert keys.shape[2] == WINDOW
-        bound = 2 * (WINDOW * token_bytes(2) + 2 * page_bytes(device))
-        assert cache.stats().mapped_bytes <= bound
+        assert cache.stats().mapped_bytes <= bytes_at_most(2, WINDOW, 2, device)
 
 
 def test_hybrid_model_keeps_one_allocator_per_layer_type_on_one_pool(device):
@@ -456,8 +476,7 @@ def test_hybrid_model_keeps_one_allocator_per_layer_type_on_one_pool(device):
         types = cache.stats().layer_types
         assert set(types) == {FULL, SLIDING}
         assert types[FULL].mapped_bytes >= 2 * 319 * token_bytes(1)
-        most_tokens = WINDOW + MIN_TRIM_TOKENS + 1
-        bound = 2 * (most_tokens * token_bytes(2) + 2 * page_bytes(device))
+        bound = bytes_at_most(2, WINDOW + MIN_TRIM_TOKENS, 2, device)
         assert types[SLIDING].mapped_bytes <= bound
         assert types[FULL].budget_bytes == types[SLIDING].budget_bytes
 
@@ -484,9 +503,7 @@ def test_reset_cache_takes_a_larger_batch(device):
         cache.reset()
         ours = generate(model, prompts(2, 12, device), cache, num_beams=3)
         assert cache.batch_size == 6
-    reference = generate(
-        model, prompts(2, 12, device), default_cache(model.config), num_beams=3
-    )
+    reference = generate(model, prompts(2, 12, device), default_cache(model.config), num_beams=3)
     assert ours.tolist() == reference.tolist()
 
 
@@ -497,7 +514,7 @@ def test_large_crop_returns_memory(device):
             cache.update(*states(2, 400, device, generator), layer)
         cache.crop(-390)
         assert cache.get_seq_length() == 10
-        assert cache.stats().mapped_bytes <= 2 * page_bytes(device)
+        assert cache.stats().mapped_bytes <= bytes_at_most(2, 10, 2, device)
         cache.crop(4)
         assert cache.get_seq_length() == 4
         cache.crop(-9)
@@ -539,40 +556,38 @@ def test_sequence_longer_than_max_seq_len_raises_and_changes_nothing(device):
         assert [layer.get_seq_length() for layer in cache.layers] == [30, 30, 30]
 
 
-@pytest.mark.parametrize("tokens", [1, 30])
-def test_running_out_of_memory_leaves_no_trace_of_the_forward_pass(tokens):
-    # The sliding layers come first and find room; the full layer then does not.
+@pytest.mark.parametrize("before", [0, 16])
+def test_running_out_of_memory_leaves_no_trace_of_the_forward_pass(before):
     generator = torch.Generator().manual_seed(0)
-    config = CONFIGS["gemma3"]()
-    room = -(-30 * token_bytes(2) // PAGE_BYTES) + (1 if tokens == 1 else 0)
-    token_rows = [states(1, 16 if tokens == 1 else 0, "cpu", generator) for _ in range(3)]
-    with make_cache(config, "cpu", memory=room * PAGE_BYTES) as cache:
-        before = 0
-        if tokens == 1:
-            for layer, new in enumerate(token_rows):
-                cache.update(*new, layer)
-            before = 16
+    # 130 more tokens: up to 19 pages for the two sliding layers, which come first, then 10.
+    with make_cache(CONFIGS["gemma3"](), "cpu", memory=20 * PAGE_BYTES) as cache:
+
+        def append(tokens: int) -> None:
+            for layer in range(3):
+                cache.update(*states(1, tokens, "cpu", generator), layer)
+
+        if before:
+            append(before)
+        held = [layer.keys.clone() for layer in cache.layers if before]
         with pytest.raises(va.OutOfPages):
-            while True:
-                for layer in range(3):
-                    before = min(each.get_seq_length() for each in cache.layers)
-                    cache.update(*states(1, tokens, "cpu", generator), layer)
+            append(130)
         assert [layer.get_seq_length() for layer in cache.layers] == [before] * 3
-        cache.reset()
-        for layer in range(3):
-            cache.update(*states(1, 16, "cpu", generator), layer)
+        for layer, keys in zip(cache.layers, held, strict=bool(before)):
+            assert torch.equal(layer.keys, keys)
+        append(16)
+        assert cache.get_seq_length() == before + 16
 
 
 def test_running_out_of_memory_in_rearrangement_changes_nothing():
     generator = torch.Generator().manual_seed(0)
-    config = CONFIGS["gemma3"]()
-    with make_cache(config, "cpu", memory=30 * PAGE_BYTES) as cache:
+    # A row takes 13 pages for the sliding layers, which come first, and 7 for the full one.
+    with make_cache(CONFIGS["gemma3"](), "cpu", memory=36 * PAGE_BYTES) as cache:
         for layer in range(3):
             cache.update(*states(1, 100, "cpu", generator), layer)
         mapped = cache.stats().mapped_bytes
         before = [layer.keys.clone() for layer in cache.layers]
         with pytest.raises(va.OutOfPages):
-            cache.batch_repeat_interleave(4)
+            cache.batch_repeat_interleave(2)
         assert (cache.batch_size, cache.stats().mapped_bytes) == (1, mapped)
         for layer, keys in zip(cache.layers, before, strict=True):
             assert torch.equal(layer.keys, keys)
@@ -603,6 +618,20 @@ def test_crop_of_full_window_raises_unless_recorded(device):
         with pytest.raises(RuntimeError, match="given back"):
             cache.crop(-300)
         assert [layer.get_seq_length() for layer in cache.layers] == [WINDOW - 2 + 401] * 3
+
+
+def test_crop_goes_back_to_the_last_crop_while_recording(device):
+    generator = torch.Generator().manual_seed(0)
+    with make_cache(CONFIGS["mistral"](), device) as cache:
+        cache.activate_past_recording()
+        written = []
+        for tokens in [40] + [1] * 100:
+            new = states(1, tokens, device, generator)
+            for layer in range(2):
+                cache.update(*new, layer)
+            written.append(new[0])
+        cache.crop(-100)
+        assert torch.equal(cache.layers[1].keys, written[0][:, :, -WINDOW + 1 :])
 
 
 def test_more_rows_than_reserved_raises_naming_max_batch_size():

@@ -25,6 +25,7 @@ from vattention import (
     ConfigError,
     KVAllocator,
     KVLayout,
+    KVStats,
     Pool,
     Sequence,
     SequenceTooLong,
@@ -64,7 +65,7 @@ class CacheStats:
     num_tokens: int
     reserved_bytes: int
     mapped_bytes: int
-    layer_types: Mapping[str, Any]
+    layer_types: Mapping[str, KVStats]
 
 
 class _Memory:
@@ -121,8 +122,8 @@ class _LayerGroup:
     """The layers of one type: one allocator, a row of it for each sequence of the batch.
 
     Between two calls these hold:
-        - rows are consecutive slots; the first `batch` of them are mapped for the tokens
-          `[released, mapped)` (rounded outwards to pages), the others for none;
+        - row i is slot i; the first `batch` rows are mapped for the tokens `[released, mapped)`
+          (at least), the others for next to nothing;
         - `released <= window_start(lengths[i])` and `lengths[i] <= mapped` for every layer i;
         - outside of a forward pass all entries of `lengths` are equal;
         - rows i and j hold the same bytes for the tokens below `alike[i, j]`, where i != j.
@@ -151,7 +152,7 @@ class _LayerGroup:
         self.values: list[torch.Tensor] = []
         self._settled = 0
         self._alike = torch.zeros(0, 0, dtype=torch.long)
-        self._max_batch_size = max_batch_size
+        self._num_rows = max_batch_size
         self._order = order
         self._memory = memory
         self._shape: _Shape | None = None
@@ -162,10 +163,6 @@ class _LayerGroup:
     @property
     def length(self) -> int:
         return max(self.lengths)
-
-    @property
-    def max_batch_size(self) -> int:
-        return len(self._rows) or self._max_batch_size
 
     def window_start(self, length: int) -> int:
         """The first token that the query after `length` tokens can see."""
@@ -198,8 +195,11 @@ class _LayerGroup:
         if self._closed:
             raise ConfigError("this VAttentionCache is closed: construct another one")
         if self.mapped == 0:
-            if shape != self._shape or batch > len(self._rows):
-                self._build(shape, max(batch, self._max_batch_size))
+            if shape != self._shape or batch > self._num_rows:
+                self._build(shape, max(batch, self._num_rows))
+            if not self._rows:
+                assert self._kv is not None
+                self._rows = self._kv.allocate_batch(self._num_rows)
             if batch != self.batch:
                 self.batch = batch
                 self._alike = torch.zeros(batch, batch, dtype=torch.long)
@@ -241,11 +241,9 @@ class _LayerGroup:
                 f"{layers[0][0].device}: VAttentionCache serves the layers of one device, from a "
                 "pool on that device"
             )
-        rows = kv.allocate_batch(num_rows, 0)
-        run = slice(rows[0].slot, rows[0].slot + num_rows)
-        self.keys = [keys[run] for keys, _ in layers]
-        self.values = [values[run] for _, values in layers]
-        self._kv, self._rows, self._shape = kv, rows, shape
+        self.keys = [keys for keys, _ in layers]
+        self.values = [values for _, values in layers]
+        self._kv, self._num_rows, self._shape = kv, num_rows, shape
 
     def _extend(self, stop: int) -> None:
         """Map the rows in use up to token `stop`, after giving back what left the window."""
@@ -307,9 +305,11 @@ class _LayerGroup:
         self._settled = length
         self._alike.clamp_(max=length)
         if length == 0:
-            self.batch = 0
-            self.trim_idle_rows()
-            self.mapped = self.released = 0
+            # Not trimmed to nothing: a row that was trimmed at its front cannot be.
+            for row in self._rows:
+                row.free()
+            self._rows = []
+            self.batch = self.mapped = self.released = 0
         elif self.mapped - length >= _MIN_TRIM_TOKENS:
             for row in self._rows[: self.batch]:
                 row.trim(length)
@@ -318,16 +318,17 @@ class _LayerGroup:
     def trim_idle_rows(self) -> None:
         """Give back the memory of the rows that are not in the batch."""
         for row in self._rows[self.batch :]:
-            if row.length > 0:
-                row.trim(0)
+            if row.length > self.released:
+                row.trim_front(self.released)
+                row.trim(self.released)
 
     # Rearrangement of the batch
 
     def back_rows(self, num_rows: int) -> None:
         """Map rows behind the batch, as far as the batch is mapped, so that `num_rows` are."""
-        if num_rows > len(self._rows):
+        if num_rows > self._num_rows:
             raise ConfigError(
-                f"a batch of {num_rows} does not fit the {len(self._rows)} rows of this "
+                f"a batch of {num_rows} does not fit the {self._num_rows} rows of this "
                 f"VAttentionCache: construct it with max_batch_size={num_rows} (addresses cost no "
                 "memory)"
             )
@@ -335,9 +336,8 @@ class _LayerGroup:
         if added:
             assert self._kv is not None
             self._kv.step(dict.fromkeys(added, self.mapped))
-            if self.released:
-                for row in added:
-                    row.trim_front(self.released)
+            for row in added:
+                row.trim_front(self.released)
 
     def gather(self, sources: list[int]) -> None:
         """Let row i hold what row `sources[i]` held, for every i. The rows must be mapped.
@@ -372,7 +372,7 @@ class _LayerGroup:
 
     # The end
 
-    def stats(self) -> Any:
+    def stats(self) -> KVStats | None:
         return None if self._kv is None else self._kv.stats()
 
     def close(self) -> None:
@@ -383,12 +383,12 @@ class _LayerGroup:
         kv, self._kv = self._kv, None
         self.lengths = [0] * len(self.lengths)
         self.batch = self.mapped = self.released = self._settled = 0
-        self.keys, self.values, self._rows, self._shape = [], [], [], None
+        self.keys, self.values, self._rows = [], [], []
         if kv is not None:
             kv.close()
 
 
-class VAttentionLayer(CacheLayerMixin):  # type: ignore[misc]
+class VAttentionLayer(CacheLayerMixin):
     """One model layer's keys and values in a `VAttentionCache`.
 
     The layers of a type share their rows: what concerns whole rows is done by the cache, not here.
@@ -474,7 +474,7 @@ class VAttentionLayer(CacheLayerMixin):  # type: ignore[misc]
     crop = batch_repeat_interleave = batch_select_indices = _refuse
 
 
-class VAttentionCache(Cache):  # type: ignore[misc]
+class VAttentionCache(Cache):
     """A cache for `generate(past_key_values=...)` that neither concatenates nor preallocates.
 
     It reserves addresses for `max_batch_size` sequences of `max_seq_len` tokens and maps memory
@@ -617,7 +617,7 @@ class VAttentionCache(Cache):  # type: ignore[misc]
             group.truncate(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let row i hold what row `beam_idx[i]` holds: copy what differs, after the device is done."""
+        """Let row i hold what row `beam_idx[i]` holds; copies what differs; waits for the GPU."""
         self._rearrange(lambda rows: rows[beam_idx.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -642,13 +642,14 @@ class VAttentionCache(Cache):  # type: ignore[misc]
             self.reset()
             return
         groups = self._groups.values()
+        resized = len(sources) != self.batch_size
         try:
             for group in groups:
                 group.back_rows(len(sources))
             for group in groups:
                 group.gather(sources)
         finally:
-            for group in groups:
+            for group in groups if resized else ():
                 group.trim_idle_rows()
 
     def stats(self) -> CacheStats:

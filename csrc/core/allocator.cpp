@@ -1,0 +1,588 @@
+// Slots and sequences. Growth is in growth.cpp, giving memory up in reclaim.cpp.
+#include "core/allocator.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "core/errors.h"
+#include "core/trace.h"
+
+namespace vattention {
+namespace {
+
+constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+
+}  // namespace
+
+Allocator::Allocator(std::shared_ptr<Pool> pool, AllocatorConfig config)
+    : pool_(std::move(pool)), config_(std::move(config)), page_bytes_(pool_->page_bytes()) {
+  if (config_.regions.empty() || config_.max_sequences == 0 || config_.max_seq_len <= 0) {
+    throw ConfigError("an allocator needs a region, a sequence and a token at least");
+  }
+  slots_.resize(config_.max_sequences);
+  for (Slot& slot : slots_) slot.runs.resize(config_.regions.size());
+  lengths_.resize(config_.max_sequences, 0);
+  ready_.resize(config_.max_sequences, 0);
+  soft_.resize(config_.max_sequences, kNever);
+  if (const Status status = backend().reserve(config_.reserved_bytes, &base_); !status.ok()) {
+    throw_status(backend(), status);
+  }
+  try {
+    if (config_.tail_slack_tokens > 0) make_guard();
+    pool_->attach(this);
+  } catch (...) {
+    tear_down();
+    throw;
+  }
+  trace(1, "reserve", config_.reserved_bytes);
+}
+
+Allocator::~Allocator() {
+  {
+    Lock lock = pool_->lock();
+    pool_->detach(this, lock);
+  }
+  tear_down();
+}
+
+void Allocator::require_open() const {
+  if (closed_) throw Error("the allocator is closed: make a new one");
+}
+
+bool Allocator::alive(SequenceId id) const noexcept {
+  return id.slot < slots_.size() && slots_[id.slot].state == SlotState::live &&
+         slots_[id.slot].generation == id.generation;
+}
+
+Allocator::Slot& Allocator::require_live(SequenceId id) {
+  require_open();
+  if (!alive(id)) {
+    throw StaleSequence("the sequence in slot " + std::to_string(id.slot) +
+                        " has been freed: allocate a new one");
+  }
+  return slots_[id.slot];
+}
+
+void Allocator::require_length(std::int64_t tokens) const {
+  if (tokens < 0) {
+    throw ConfigError("a sequence cannot have " + std::to_string(tokens) + " tokens");
+  }
+  if (tokens > config_.max_seq_len) {
+    throw SequenceTooLong(std::to_string(tokens) + " tokens do not fit in a slot of " +
+                          std::to_string(config_.max_seq_len) +
+                          ": make the allocator with a larger max_seq_len (addresses are free)");
+  }
+}
+
+void Allocator::wait_idle(Lock& lock, std::uint32_t slot) {
+  while (slots_[slot].busy) pool_->wait_for_change(lock);
+}
+
+// ---- arithmetic ----
+
+std::size_t Allocator::pages_for(std::uint32_t region, std::int64_t tokens) const noexcept {
+  const auto kept = static_cast<std::size_t>(std::clamp<std::int64_t>(tokens, 0, config_.max_seq_len));
+  return (kept * config_.regions[region].row_bytes + page_bytes_ - 1) / page_bytes_;
+}
+
+std::int64_t Allocator::tokens_in(std::uint32_t region, std::size_t pages) const noexcept {
+  const std::size_t tokens = pages * page_bytes_ / config_.regions[region].row_bytes;
+  return std::min(static_cast<std::int64_t>(tokens), config_.max_seq_len);
+}
+
+Address Allocator::page_address(std::uint32_t slot, std::uint32_t region,
+                                std::size_t page) const noexcept {
+  const RegionConfig& r = config_.regions[region];
+  return base_ + r.offset_bytes + slot * r.slot_stride_bytes + page * page_bytes_;
+}
+
+std::size_t Allocator::mapped_pages(const Slot& slot) const noexcept {
+  std::size_t pages = 0;
+  for (const Run& run : slot.runs) pages += run.pages();
+  return pages;
+}
+
+// How long a sequence the slot holds without a driver call; what a hole at its front costs is not
+// counted.
+std::int64_t Allocator::mapped_tokens(const Slot& slot) const noexcept {
+  std::int64_t tokens = config_.max_seq_len;
+  for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+    tokens = std::min(tokens, slot.runs[r].empty() ? 0 : tokens_in(r, slot.runs[r].end));
+  }
+  return tokens;
+}
+
+// Recomputes up to which length the slot's sequence needs no work.
+void Allocator::refresh(std::uint32_t index) noexcept {
+  const Slot& slot = slots_[index];
+  if (slot.state != SlotState::live) {
+    ready_[index] = 0;
+    soft_[index] = kNever;
+    return;
+  }
+  std::int64_t ready = config_.max_seq_len;
+  for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+    const Run& run = slot.runs[r];
+    const std::size_t clean = std::min(run.end, run.clean_end);
+    ready = std::min(ready, tokens_in(r, clean));
+    if (config_.tail_slack_tokens == 0) continue;
+    const std::size_t cover = run.guarded && clean == run.end ? run.end + config_.guard_pages : clean;
+    if (cover < pages_for(r, config_.max_seq_len)) {
+      const auto rows = static_cast<std::int64_t>(cover * page_bytes_ / config_.regions[r].row_bytes);
+      ready = std::min(ready, std::max<std::int64_t>(0, rows - config_.tail_slack_tokens));
+    }
+  }
+  ready_[index] = ready;
+  soft_[index] = ready >= config_.max_seq_len || config_.lookahead_tokens == 0
+                     ? kNever
+                     : std::max<std::int64_t>(0, ready - config_.lookahead_tokens);
+}
+
+// What of a run the sequence may need: its tokens, its slack, and its growth. A guarded run is
+// short and needs all it has.
+std::size_t Allocator::surplus_from(std::uint32_t slot, std::uint32_t region,
+                                    std::int64_t growth_tokens) const noexcept {
+  const std::int64_t length = lengths_[slot];
+  const std::int64_t beyond = length == 0 ? 0 : config_.tail_slack_tokens;
+  return pages_for(region, length + beyond + growth_tokens);
+}
+
+// ---- slots ----
+
+// Whether the fence of a freed slot has passed and nothing of it waits to be unmapped.
+bool Allocator::quiescent(Slot& slot) {
+  if (!slot.retired.empty()) return false;
+  if (!slot.fence_pending) return true;
+  bool passed = false;
+  if (!backend().query(slot.fence, &passed).ok() || !passed) return false;
+  slot.fence_pending = false;
+  pool_->return_fence(std::exchange(slot.fence, 0));
+  return true;
+}
+
+bool Allocator::usable(Slot& slot) {
+  if (slot.busy) return false;
+  return slot.state == SlotState::empty || (slot.state == SlotState::cached && quiescent(slot));
+}
+
+// The slot whose memory fits best, or -1. Best is the smallest that holds all the tokens, unless
+// that would tie up more than twice their need; then the largest that holds fewer; then an empty
+// one; then whatever there is.
+std::int64_t Allocator::pick_slot(std::int64_t tokens) {
+  std::int64_t fits = -1;
+  std::int64_t smaller = -1;
+  std::int64_t empty = -1;
+  std::size_t fits_pages = 0;
+  std::int64_t smaller_tokens = 0;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (slot.state == SlotState::empty && !slot.busy) {
+      if (empty < 0) empty = i;
+      continue;
+    }
+    if (slot.state != SlotState::cached || !usable(slot)) continue;
+    const std::int64_t held = mapped_tokens(slot);
+    const std::size_t pages = mapped_pages(slot);
+    if (held >= tokens && (fits < 0 || pages < fits_pages)) {
+      fits = i;
+      fits_pages = pages;
+    } else if (held < tokens && (smaller < 0 || held > smaller_tokens)) {
+      smaller = i;
+      smaller_tokens = held;
+    }
+  }
+  std::size_t needed_pages = 0;
+  for (std::uint32_t r = 0; r < config_.regions.size(); ++r) needed_pages += pages_for(r, tokens);
+  // A page a region of slack, so that rounding alone never rules a slot out.
+  const bool wasteful = fits_pages > 2 * needed_pages + config_.regions.size();
+  if (fits >= 0 && !wasteful) return fits;
+  if (smaller >= 0) return smaller;
+  return empty >= 0 ? empty : fits;
+}
+
+// The first of `count` usable slots in a row, or -1; of several such places the one with most
+// memory in it.
+std::int64_t Allocator::pick_slots(std::uint32_t count) {
+  std::int64_t best = -1;
+  std::size_t best_pages = 0;
+  std::size_t pages = 0;
+  std::uint32_t in_a_row = 0;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    if (!usable(slots_[i])) {
+      in_a_row = 0;
+      pages = 0;
+      continue;
+    }
+    pages += mapped_pages(slots_[i]);
+    if (++in_a_row > count) pages -= mapped_pages(slots_[i - count]);
+    if (in_a_row >= count && (best < 0 || pages > best_pages)) {
+      best = i + 1 - count;
+      best_pages = pages;
+    }
+  }
+  return best;
+}
+
+std::vector<SequenceId> Allocator::allocate(std::uint32_t count, std::int64_t tokens,
+                                            Stream stream) {
+  Lock lock = pool_->lock();
+  require_open();
+  require_length(tokens);
+  if (count == 0) throw ConfigError("allocate needs one sequence at least");
+  std::int64_t first = -1;
+  for (;;) {
+    first = count == 1 ? pick_slot(tokens) : pick_slots(count);
+    if (first >= 0) break;
+    if (pool_->collect(lock)) continue;
+    if (count <= config_.max_sequences && wait_for_a_fence(lock)) {
+      require_open();
+      continue;
+    }
+    std::size_t live = 0;
+    for (const Slot& slot : slots_) live += slot.state == SlotState::live ? 1 : 0;
+    throw OutOfSlots(
+        (count == 1 ? std::string("no slot is free")
+                    : "no " + std::to_string(count) + " free slots stand in a row") +
+        ": " + std::to_string(live) + " of " + std::to_string(config_.max_sequences) +
+        " hold live sequences; free one, or make the allocator with more max_sequences");
+  }
+
+  const auto begin = static_cast<std::uint32_t>(first);
+  std::vector<SequenceId> ids;
+  std::vector<Target> targets;
+  std::vector<SlotState> states;
+  ids.reserve(count);
+  targets.reserve(count);
+  states.reserve(count);
+  for (std::uint32_t i = begin; i < begin + count; ++i) {
+    targets.push_back({i, tokens});
+    states.push_back(slots_[i].state);
+    ids.push_back({i, slots_[i].generation + 1});
+  }
+  for (const SequenceId& id : ids) {
+    Slot& slot = slots_[id.slot];
+    slot.state = SlotState::live;
+    slot.generation = id.generation;
+    slot.first_token = 0;
+    lengths_[id.slot] = 0;
+    for (Run& run : slot.runs) run.clean_end = pool_->config().zero ? 0 : run.end;
+    refresh(id.slot);
+  }
+  try {
+    grow(lock, targets, stream, false);  // the slots are quiescent
+  } catch (...) {
+    for (std::uint32_t i = 0; i < count; ++i) {
+      Slot& slot = slots_[begin + i];
+      // A broken slot stays broken. One that lost its memory meanwhile is empty.
+      if (slot.state == SlotState::live) {
+        slot.state = mapped_pages(slot) == 0 ? SlotState::empty : states[i];
+        slot.freed_at = ++clock_;
+      }
+      refresh(begin + i);
+    }
+    pool_->announce();
+    throw;
+  }
+  for (std::uint32_t i = begin; i < begin + count; ++i) {
+    lengths_[i] = tokens;
+    counters_.adoptions += states[i - begin] == SlotState::cached ? 1U : 0U;
+    if (tokens > soft_[i]) pool_->wake_mapper();
+  }
+  trace(1, "allocate", begin, count, tokens);
+  audit();
+  return ids;
+}
+
+// ---- steps ----
+
+bool Allocator::try_step(const std::int64_t* lengths, std::size_t count) noexcept {
+  const Lock lock = pool_->lock();
+  if (count > slots_.size()) return false;
+  // Branch-free, so that the compiler makes vector code of both passes.
+  std::int64_t refused = 0;
+  std::int64_t ahead = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t wanted = lengths[i];
+    refused |= static_cast<std::int64_t>(wanted > ready_[i]) |
+               (static_cast<std::int64_t>(wanted < lengths_[i]) &
+                static_cast<std::int64_t>(wanted > 0));
+    ahead |= static_cast<std::int64_t>(wanted > soft_[i]);
+  }
+  if (refused != 0) return false;
+  for (std::size_t i = 0; i < count; ++i) lengths_[i] = lengths[i] > 0 ? lengths[i] : lengths_[i];
+  ++counters_.steps;
+  if (ahead != 0) pool_->wake_mapper();
+  return true;
+}
+
+void Allocator::step(const std::int64_t* lengths, std::size_t count, Stream stream) {
+  std::vector<std::pair<SequenceId, std::int64_t>> pairs;
+  {
+    const Lock lock = pool_->lock();
+    require_open();
+    if (count > slots_.size()) {
+      throw ConfigError("there are " + std::to_string(slots_.size()) +
+                        " slots; lengths has an entry for each, not " + std::to_string(count));
+    }
+    for (std::uint32_t i = 0; i < count; ++i) {
+      if (lengths[i] <= 0) continue;
+      if (slots_[i].state != SlotState::live) {
+        throw StaleSequence("slot " + std::to_string(i) +
+                            " holds no sequence: its length must be 0");
+      }
+      pairs.emplace_back(SequenceId{i, slots_[i].generation}, lengths[i]);
+    }
+  }
+  step(pairs, stream);
+}
+
+void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& lengths,
+                     Stream stream) {
+  Lock lock = pool_->lock();
+  require_open();
+  std::vector<Target> targets;
+  for (const auto& [id, tokens] : lengths) {
+    (void)require_live(id);
+    require_length(tokens);
+    if (tokens < lengths_[id.slot]) {
+      throw ConfigError("step cannot shorten the sequence in slot " + std::to_string(id.slot) +
+                        " from " + std::to_string(lengths_[id.slot]) + " to " +
+                        std::to_string(tokens) + " tokens: call trim");
+    }
+    if (tokens > ready_[id.slot]) targets.push_back({id.slot, tokens});
+  }
+  if (!targets.empty()) {
+    ++counters_.waited_steps;
+    grow(lock, targets, stream, true);
+  }
+  bool ahead = false;
+  for (const auto& [id, tokens] : lengths) {
+    if (!alive(id)) continue;  // freed by another thread while the driver worked
+    lengths_[id.slot] = std::max(lengths_[id.slot], tokens);
+    ahead = ahead || tokens > soft_[id.slot];
+  }
+  ++counters_.steps;
+  if (ahead) pool_->wake_mapper();
+  audit();
+}
+
+// ---- giving up ----
+
+Fence Allocator::record_fence(Stream stream) {
+  const Fence fence = pool_->borrow_fence();
+  if (const Status status = backend().record(fence, stream); !status.ok()) {
+    pool_->return_fence(fence);
+    throw_status(backend(), status);
+  }
+  return fence;
+}
+
+void Allocator::trim(SequenceId id, std::int64_t tokens, Stream stream) {
+  Lock lock = pool_->lock();
+  (void)require_live(id);
+  wait_idle(lock, id.slot);
+  Slot& slot = require_live(id);
+  require_length(tokens);
+  if (tokens > lengths_[id.slot]) {
+    throw ConfigError("trim cannot lengthen a sequence from " + std::to_string(lengths_[id.slot]) +
+                      " to " + std::to_string(tokens) + " tokens: call step");
+  }
+  if (tokens < slot.first_token) {
+    throw ConfigError("the sequence cannot be trimmed to " + std::to_string(tokens) +
+                      " tokens: those below " + std::to_string(slot.first_token) +
+                      " were given back by trim_front; free it and allocate a new one");
+  }
+  const std::int64_t before = std::exchange(lengths_[id.slot], tokens);
+  const auto kept = [&](std::uint32_t r) {
+    return slot.runs[r].first_above(surplus_from(id.slot, r, config_.lookahead_tokens));
+  };
+  std::vector<std::uint32_t> cut;
+  for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+    if (!slot.runs[r].guarded && kept(r) < slot.runs[r].mappings.size()) cut.push_back(r);
+  }
+  try {
+    retire(slot, true, cut, stream, [&](std::uint32_t r) {
+      Run& run = slot.runs[r];
+      const auto first = run.mappings.begin() + static_cast<std::ptrdiff_t>(kept(r));
+      std::vector<Mapping> gone(first, run.mappings.end());
+      run.mappings.erase(first, run.mappings.end());
+      run.end = gone.front().page;
+      run.clean_end = std::min(run.clean_end, run.end);
+      return gone;
+    });
+  } catch (...) {
+    lengths_[id.slot] = before;
+    throw;
+  }
+  refresh(id.slot);
+  trace(1, "trim", id.slot, tokens);
+  (void)pool_->collect(lock);
+  audit();
+}
+
+void Allocator::trim_front(SequenceId id, std::int64_t first_token, Stream stream) {
+  Lock lock = pool_->lock();
+  (void)require_live(id);
+  wait_idle(lock, id.slot);
+  Slot& slot = require_live(id);
+  if (first_token < 0 || first_token > lengths_[id.slot]) {
+    throw ConfigError("trim_front needs a token of the sequence, from 0 to " +
+                      std::to_string(lengths_[id.slot]) + ", not " + std::to_string(first_token));
+  }
+  if (first_token <= slot.first_token) return;
+  const auto gone_below = [&](std::uint32_t r) {
+    const std::size_t page = static_cast<std::size_t>(first_token) * config_.regions[r].row_bytes /
+                             page_bytes_;
+    return slot.runs[r].count_below(page);
+  };
+  std::vector<std::uint32_t> cut;
+  for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+    if (gone_below(r) > 0) cut.push_back(r);
+  }
+  retire(slot, false, cut, stream, [&](std::uint32_t r) {
+    Run& run = slot.runs[r];
+    const auto last = run.mappings.begin() + static_cast<std::ptrdiff_t>(gone_below(r));
+    std::vector<Mapping> gone(run.mappings.begin(), last);
+    run.front = gone.back().page + gone.back().extent->pages();
+    run.mappings.erase(run.mappings.begin(), last);
+    return gone;
+  });
+  slot.first_token = first_token;
+  refresh(id.slot);
+  trace(1, "trim_front", id.slot, first_token);
+  (void)pool_->collect(lock);
+  audit();
+}
+
+void Allocator::free(SequenceId id, Stream stream) {
+  Lock lock = pool_->lock();
+  (void)require_live(id);
+  wait_idle(lock, id.slot);
+  Slot& slot = require_live(id);
+  if (mapped_pages(slot) > 0) {
+    slot.fence = record_fence(stream);
+    slot.fence_pending = true;
+    slot.state = SlotState::cached;
+  } else {
+    slot.state = SlotState::empty;
+  }
+  slot.freed_at = ++clock_;
+  lengths_[id.slot] = 0;
+  refresh(id.slot);
+  trace(1, "free", id.slot);
+  pool_->keep_watermarks(lock);
+  audit();
+}
+
+std::int64_t Allocator::length(SequenceId id) const {
+  const Lock lock = pool_->lock();
+  require_open();
+  if (!alive(id)) {
+    throw StaleSequence("the sequence in slot " + std::to_string(id.slot) + " has been freed");
+  }
+  return lengths_[id.slot];
+}
+
+bool Allocator::any_fence_pending() const noexcept {
+  return retired_entries_ > 0 || std::any_of(slots_.begin(), slots_.end(), [](const Slot& slot) {
+           return slot.state == SlotState::cached && slot.fence_pending;
+         });
+}
+
+// Waits, without the lock, until what some freed slot waits for has passed. False where nothing is
+// waited for.
+bool Allocator::wait_for_a_fence(Lock& lock) {
+  const auto deadline =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(config_.fence_timeout_ms);
+  while (any_fence_pending()) {
+    if (pool_->collect(lock)) return true;
+    for (Slot& slot : slots_) {
+      if (slot.state == SlotState::cached && slot.fence_pending && !slot.busy && quiescent(slot)) {
+        return true;
+      }
+    }
+    if (std::chrono::steady_clock::now() >= deadline) return false;
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+    lock.lock();
+  }
+  return false;
+}
+
+void Allocator::close() {
+  Lock lock = pool_->lock();
+  if (closed_) return;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) wait_idle(lock, i);
+  closed_ = true;
+  std::fill(ready_.begin(), ready_.end(), 0);
+  std::fill(soft_.begin(), soft_.end(), kNever);
+  trace(1, "close");
+}
+
+// ---- looking ----
+
+AllocatorStats Allocator::stats() const {
+  const Lock lock = pool_->lock();
+  AllocatorStats stats = counters_;
+  stats.reserved_bytes = config_.reserved_bytes;
+  stats.guard_bytes = guard_ != nullptr ? guard_->pages() * page_bytes_ : 0;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    const std::size_t mapped = mapped_pages(slot) * page_bytes_;
+    if (slot.state == SlotState::live) {
+      stats.live_bytes += mapped;
+      stats.live_tokens += lengths_[i];
+      ++stats.live_sequences;
+      for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+        const Run& run = slot.runs[r];
+        const std::size_t first = run.first_above(surplus_from(i, r, 0));
+        if (!run.guarded && first < run.mappings.size()) {
+          stats.surplus_bytes += (run.end - run.mappings[first].page) * page_bytes_;
+        }
+      }
+    } else if (slot.state == SlotState::cached) {
+      (slot.fence_pending ? stats.retired_bytes : stats.cached_bytes) += mapped;
+    }
+    if (slot.state == SlotState::empty || slot.state == SlotState::cached) ++stats.free_slots;
+    for (const Retired& retired : slot.retired) {
+      for (const Cut& cut : retired.cuts) {
+        for (const Mapping& m : cut.mappings) {
+          stats.retired_bytes += m.extent->pages() * page_bytes_;
+        }
+      }
+    }
+  }
+  return stats;
+}
+
+std::vector<MappingInfo> Allocator::mappings() const {
+  const Lock lock = pool_->lock();
+  std::vector<MappingInfo> all;
+  const auto add = [&](std::uint32_t slot, std::uint32_t region, std::size_t page,
+                       const Extent& extent, Access access) {
+    all.push_back({slot, region, page_address(slot, region, page), extent.pages() * page_bytes_,
+                   extent.handle, access});
+  };
+  for (std::uint32_t s = 0; s < slots_.size(); ++s) {
+    for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
+      const Run& run = slots_[s].runs[r];
+      for (const Mapping& m : run.mappings) add(s, r, m.page, *m.extent, Access::read_write);
+      for (std::size_t page = 0; run.guarded && page < config_.guard_pages; page += guard_->pages()) {
+        add(s, r, run.end + page, *guard_, Access::read);
+      }
+    }
+    for (const Retired& retired : slots_[s].retired) {
+      for (const Cut& cut : retired.cuts) {
+        for (const Mapping& m : cut.mappings) {
+          add(s, cut.region, m.page, *m.extent, Access::read_write);
+        }
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace vattention

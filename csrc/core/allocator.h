@@ -1,0 +1,277 @@
+// Contiguous virtual memory for the sequences of one model, backed as they grow.
+//
+// Owns: one reservation; the slots in it; which extent is mapped where. A region is an array of
+// slots with one row per token; a layout has one or more regions, all indexed by the same slot.
+// Always true, under the pool's lock: what a live sequence may touch, tokens [first_token, length),
+// is mapped, cleared and its own; no memory leaves a slot, or is given to another sequence, before
+// the fence that was recorded when its last owner gave it up has passed; a busy slot (one that a
+// Work in flight touches) is changed by nobody else; an operation that throws has changed no
+// length, no live mapping and no budget (what freed sequences left behind may have been given up).
+//
+// Streams: `stream` is where the caller's kernels run. Memory is ready for work enqueued there
+// after the call, and free() and trim() must be called after the last use was enqueued there.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "core/pool.h"
+#include "core/run.h"
+
+namespace vattention {
+
+struct RegionConfig {
+  std::size_t offset_bytes = 0;       // from the start of the reservation, whole pages
+  std::size_t slot_stride_bytes = 0;  // whole pages
+  std::size_t row_bytes = 0;          // from one token to the next
+};
+
+struct AllocatorConfig {
+  std::vector<RegionConfig> regions;
+  std::size_t reserved_bytes = 0;
+  std::uint32_t max_sequences = 0;
+  std::int64_t max_seq_len = 0;
+  std::int64_t tail_slack_tokens = 0;
+  std::size_t guard_pages = 0;  // room behind each slot's last page, for guards
+  std::int64_t lookahead_tokens = 0;
+  std::int64_t fence_timeout_ms = 0;
+};
+
+// A sequence's name: stale as soon as the sequence is freed.
+struct SequenceId {
+  std::uint32_t slot = 0;
+  std::uint64_t generation = 0;
+};
+
+struct AllocatorStats {
+  std::size_t reserved_bytes = 0;
+  std::size_t live_bytes = 0;     // mapped behind live sequences
+  std::size_t cached_bytes = 0;   // mapped behind freed slots, and reusable now
+  std::size_t retired_bytes = 0;  // given up, the GPU may not be done with it
+  std::size_t surplus_bytes = 0;  // of live_bytes: whole extents beyond what the lengths need
+  std::size_t guard_bytes = 0;    // the shared extent behind short sequences, once
+  std::size_t live_sequences = 0;
+  std::size_t free_slots = 0;
+  std::int64_t live_tokens = 0;
+  std::uint64_t steps = 0;
+  std::uint64_t waited_steps = 0;    // steps that called the driver or waited for the mapper
+  std::uint64_t ahead_mappings = 0;  // made by the background thread
+  std::uint64_t ahead_failures = 0;
+  std::uint64_t adoptions = 0;
+};
+
+// One mapping, for looking from outside.
+struct MappingInfo {
+  std::uint32_t slot;
+  std::uint32_t region;
+  Address address;
+  std::size_t bytes;
+  Handle handle;
+  Access access;
+};
+
+// One run's part of an unmapping; the range in the work has the same index.
+struct Unmapping {
+  Allocator* owner;
+  std::uint32_t slot;
+  std::uint32_t region;
+  std::size_t first;  // mappings from this index of the run's on
+  Fence retired;      // or, where it is not 0, the cut of the retired entry with this fence
+};
+
+class Allocator {
+ public:
+  // Throws ConfigError, BackendFailure, OutOfPages (for the guard).
+  Allocator(std::shared_ptr<Pool> pool, AllocatorConfig config);
+  ~Allocator();
+  Allocator(const Allocator&) = delete;
+  Allocator& operator=(const Allocator&) = delete;
+
+  // `count` sequences of that many tokens; their slots are consecutive and ascending.
+  // Throws OutOfSlots, OutOfPages, SequenceTooLong, BackendFailure.
+  [[nodiscard]] std::vector<SequenceId> allocate(std::uint32_t count, std::int64_t tokens,
+                                                 Stream stream);
+
+  // lengths[slot] is the slot's length after the step; 0 or less leaves the slot alone.
+  // The whole step, if nothing is to be mapped and nothing is wrong; else false and no change.
+  [[nodiscard]] bool try_step(const std::int64_t* lengths, std::size_t count) noexcept;
+  // Any step. Throws StaleSequence, SequenceTooLong, ConfigError, OutOfPages, BackendFailure.
+  void step(const std::int64_t* lengths, std::size_t count, Stream stream);
+  void step(const std::vector<std::pair<SequenceId, std::int64_t>>& lengths, Stream stream);
+
+  // The sequence keeps its first `tokens` tokens.
+  void trim(SequenceId id, std::int64_t tokens, Stream stream);
+  // Tokens below first_token are not needed any more: their memory goes back.
+  void trim_front(SequenceId id, std::int64_t first_token, Stream stream);
+  void free(SequenceId id, Stream stream);
+
+  [[nodiscard]] std::int64_t length(SequenceId id) const;
+  [[nodiscard]] bool alive(SequenceId id) const noexcept;
+  [[nodiscard]] AllocatorStats stats() const;
+  [[nodiscard]] std::vector<MappingInfo> mappings() const;
+  // Throws std::logic_error where something that must always be true is not.
+  void check() const;
+
+  // Ends every sequence; further calls throw. The memory goes back when the last owner of this
+  // object, which may be a tensor, is gone.
+  void close();
+
+  [[nodiscard]] Address base() const noexcept { return base_; }
+  [[nodiscard]] Pool& pool() const noexcept { return *pool_; }
+
+ private:
+  friend class Pool;
+  friend class Mapper;
+
+  enum class SlotState : std::uint8_t {
+    empty,   // nothing mapped
+    live,    // a sequence has it
+    cached,  // freed, still mapped; adoptable once its fence has passed
+    broken,  // something is mapped in it that the driver would not undo
+  };
+  // Mappings cut off a run and not yet unmapped.
+  struct Cut {
+    std::uint32_t region;
+    std::vector<Mapping> mappings;
+  };
+  // Entries of a slot are unmapped first in, first out, so that what is left of a tail always
+  // touches the run's end.
+  struct Retired {
+    Fence fence;
+    bool tail;  // behind the run's end, where growth would want to map again
+    std::vector<Cut> cuts;
+  };
+  struct Slot {
+    SlotState state = SlotState::empty;
+    bool busy = false;           // a Work in flight touches it
+    bool pinned = false;         // a growth under way counts on what it has
+    bool fence_pending = false;  // cached: the fence has not been seen to pass
+    Fence fence = 0;
+    std::uint64_t generation = 0;
+    std::uint64_t freed_at = 0;
+    std::int64_t first_token = 0;
+    std::vector<Run> runs;  // one per region
+    std::vector<Retired> retired;
+  };
+  struct Target {
+    std::uint32_t slot;
+    std::int64_t tokens;
+  };
+  // One run's part of a growth.
+  struct Change {
+    std::uint32_t slot;
+    std::uint32_t region;
+    std::size_t front;      // new front
+    std::size_t back_from;  // pages [back_from, back_to) are to be mapped
+    std::size_t back_to;
+    std::size_t clean_to;  // pages below it are to be clean
+    bool remove_guard;
+    bool add_guard;
+    std::size_t front_pieces = 0;  // how many of the work's pieces are this change's
+    std::size_t back_pieces = 0;
+  };
+  struct Growth {
+    std::vector<Change> changes;
+    std::vector<std::uint8_t> orders;
+    std::size_t bytes = 0;
+    std::size_t mappings = 0;
+    bool removes_guard = false;
+  };
+  enum class Generosity : std::uint8_t { exact, rounded, ahead };
+
+  using Lock = Pool::Lock;
+
+  // Arithmetic.
+  [[nodiscard]] std::size_t pages_for(std::uint32_t region, std::int64_t tokens) const noexcept;
+  [[nodiscard]] std::int64_t tokens_in(std::uint32_t region, std::size_t pages) const noexcept;
+  [[nodiscard]] Address page_address(std::uint32_t slot, std::uint32_t region,
+                                     std::size_t page) const noexcept;
+  [[nodiscard]] std::size_t mapped_pages(const Slot& slot) const noexcept;
+  [[nodiscard]] std::int64_t mapped_tokens(const Slot& slot) const noexcept;
+  // The page from which on a run is surplus to a sequence that may grow by that many tokens.
+  [[nodiscard]] std::size_t surplus_from(std::uint32_t slot, std::uint32_t region,
+                                         std::int64_t growth_tokens) const noexcept;
+  void refresh(std::uint32_t slot) noexcept;
+
+  [[nodiscard]] Backend& backend() const noexcept { return pool_->backend(); }
+  void require_open() const;
+  [[nodiscard]] Slot& require_live(SequenceId id);
+  void require_length(std::int64_t tokens) const;
+  void wait_idle(Lock& lock, std::uint32_t slot);
+
+  // Slots.
+  [[nodiscard]] bool quiescent(Slot& slot);
+  [[nodiscard]] std::int64_t pick_slot(std::int64_t tokens);
+  [[nodiscard]] std::int64_t pick_slots(std::uint32_t count);
+  [[nodiscard]] bool usable(Slot& slot);
+  [[nodiscard]] bool any_fence_pending() const noexcept;
+  bool wait_for_a_fence(Lock& lock);
+
+  // Growth (growth.cpp).
+  // `readers`: whether kernels on the stream may be reading behind the targets' tokens.
+  void grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers);
+  [[nodiscard]] Growth plan(const std::vector<Target>& targets, Generosity generosity) const;
+  void plan_run(Growth& growth, const Target& target, std::uint32_t region,
+                Generosity generosity) const;
+  [[nodiscard]] Work prepare(Growth& growth, Stream stream);
+  void commit(const Growth& growth, const Work& work, bool built);
+  Status execute(Lock& lock, Growth& growth, Stream stream, bool wait);
+  void wait_for_readers(Lock& lock, const Growth& growth, Stream stream);
+  [[noreturn]] void throw_out_of_pages(std::size_t needed, const std::string& why) const;
+  bool map_ahead(Lock& lock, Stream stream);
+  [[nodiscard]] std::size_t guard_count() const noexcept {
+    return guard_ == nullptr ? 0 : config_.guard_pages / guard_->pages();
+  }
+  void take_back_tails(Slot& slot);
+  void make_guard();
+
+  // Giving up (reclaim.cpp). The plans append to work.unmaps and unmappings alike.
+  std::size_t plan_eviction(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
+  void plan_retired(Work& work, std::vector<Unmapping>& unmappings);
+  std::size_t plan_surplus(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
+  void finish_unmapping(const Unmapping& unmapping);
+  void unmap_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot,
+                   std::uint32_t region, std::size_t first);
+  // Puts one fence behind the work on the stream and moves what `cut` takes off each run to a
+  // retired entry of the slot. Changes nothing where it throws.
+  template <typename CutRun>
+  void retire(Slot& slot, bool tail, const std::vector<std::uint32_t>& regions, Stream stream,
+              CutRun cut) {
+    if (regions.empty()) return;
+    slot.retired.reserve(slot.retired.size() + 1);
+    Retired retired{record_fence(stream), tail, {}};
+    for (const std::uint32_t region : regions) retired.cuts.push_back({region, cut(region)});
+    slot.retired.push_back(std::move(retired));
+    ++retired_entries_;
+  }
+  [[nodiscard]] Fence record_fence(Stream stream);
+  [[nodiscard]] std::size_t reclaimable_bytes() const;
+  [[nodiscard]] std::size_t cached_bytes() const;
+  // Adds to *owners how many mappings refer to each extent.
+  void check_locked(std::map<const Extent*, std::size_t>* owners) const;
+  void audit() const { pool_->audit(); }
+  void tear_down() noexcept;
+
+  const std::shared_ptr<Pool> pool_;
+  const AllocatorConfig config_;
+  const std::size_t page_bytes_;
+  Address base_ = 0;
+  bool closed_ = false;
+  std::size_t users_ = 0;  // those working on this object without the lock
+  Extent* guard_ = nullptr;
+  std::vector<Slot> slots_;
+  // By slot, apart from Slot so that an idle step reads three arrays and nothing else.
+  std::vector<std::int64_t> lengths_;
+  std::vector<std::int64_t> ready_;  // the length that needs no work; 0 where there is no sequence
+  std::vector<std::int64_t> soft_;   // the length above which the mapper is woken
+  std::uint64_t clock_ = 0;
+  std::size_t retired_entries_ = 0;  // over all slots
+  AllocatorStats counters_;
+};
+
+}  // namespace vattention

@@ -1,0 +1,350 @@
+// How sequences get memory: a plan is made (pure arithmetic over the runs), the pool is asked
+// whether it can be met, the driver does it without the lock, and only then is it booked.
+#include <algorithm>
+#include <utility>
+
+#include "core/allocator.h"
+#include "core/errors.h"
+#include "core/trace.h"
+
+namespace vattention {
+namespace {
+
+// A sequence that grows is given 1/64 of what it has at once where memory allows: that bounds the
+// mappings of a long decode by their logarithm and costs at most 1.6% of its memory.
+constexpr std::size_t kGrowthShare = 64;
+// How many sequences the mapper grows at once: a step that needs one of them waits for them all.
+constexpr std::size_t kAheadBatch = 8;
+
+}  // namespace
+
+// What a growth of one run amounts to. Nothing is appended where nothing is to be done.
+void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t region,
+                         Generosity generosity) const {
+  const Slot& slot = slots_[target.slot];
+  const Run& run = slot.runs[region];
+  const std::int64_t slack = config_.tail_slack_tokens;
+  const std::size_t low = static_cast<std::size_t>(slot.first_token) *
+                          config_.regions[region].row_bytes / page_bytes_;
+  const std::size_t capacity = pages_for(region, config_.max_seq_len);
+  // Own memory behind the tokens; and memory or a guard behind the slack.
+  const std::size_t owned = pages_for(region, target.tokens);
+  const std::size_t covered = target.tokens == 0 ? 0 : pages_for(region, target.tokens + slack);
+
+  const std::size_t front = run.empty() ? low : std::min(run.front, low);
+  const std::size_t end = run.empty() ? front : run.end;
+  const bool guarded = run.guarded;
+  std::size_t back_to = end;
+  if (owned > end || (covered > end && !guarded)) {
+    back_to = std::max(end, owned);
+    if (generosity != Generosity::exact) {
+      // Slack is real memory as far as that does not cost more than the tokens themselves.
+      back_to = std::max(back_to,
+                         pages_for(region, std::min(2 * target.tokens, target.tokens + slack)));
+      if (end > front && end > 0 && end / kGrowthShare > 0) {
+        back_to = std::max(back_to, end + (std::size_t{1} << order_within(
+                                              std::max<std::size_t>(1, end / kGrowthShare))));
+      }
+      back_to = std::min(back_to, capacity);
+    }
+  }
+  Change change{target.slot, region, front, end, back_to, 0, false, false};
+  change.remove_guard = guarded && back_to > end;
+  change.add_guard = covered > back_to && (!guarded || change.remove_guard);
+  // Clean: what the tokens and their slack need of the old part, and all of the new.
+  const std::size_t clean = run.empty() ? front : std::min(run.clean_end, end);
+  change.clean_to = back_to > end ? back_to : std::max(clean, std::min(end, covered));
+  if (generosity == Generosity::ahead && change.remove_guard) return;
+
+  const auto count_pieces = [&](std::size_t pages) {
+    std::size_t pieces = 0;
+    while (pages > 0) {
+      const std::uint8_t order = std::min(pool_->max_order(), order_within(pages));
+      growth.orders.push_back(order);
+      pages -= std::size_t{1} << order;
+      ++pieces;
+    }
+    return pieces;
+  };
+  const std::size_t front_pages = run.empty() ? 0 : run.front - front;
+  change.front_pieces = count_pieces(front_pages);
+  change.back_pieces = count_pieces(back_to - end);
+  if (front_pages == 0 && back_to == end && change.clean_to == clean && !change.add_guard) return;
+  growth.bytes += (front_pages + back_to - end) * page_bytes_;
+  growth.mappings += change.front_pieces + change.back_pieces +
+                     (change.add_guard ? guard_count() : 0);
+  growth.removes_guard = growth.removes_guard || change.remove_guard;
+  growth.changes.push_back(change);
+}
+
+Allocator::Growth Allocator::plan(const std::vector<Target>& targets, Generosity generosity) const {
+  Growth growth;
+  for (const Target& target : targets) {
+    for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
+      plan_run(growth, target, r, generosity);
+    }
+  }
+  return growth;
+}
+
+// Turns a plan into driver work; takes the extents out of the pool.
+Work Allocator::prepare(Growth& growth, Stream stream) {
+  Work work;
+  work.stream = stream;
+  pool_->take(work, growth.orders);  // one piece an order, in the order of the plan
+  // Guards are aliases of one extent, so their pieces are added after those that were taken; a
+  // change's own pieces keep their places.
+  std::size_t next = 0;
+  for (const Change& change : growth.changes) {
+    const Run& run = slots_[change.slot].runs[change.region];
+    const auto place = [&](std::size_t page, std::size_t count) {
+      for (std::size_t i = 0; i < count; ++i) {
+        Work::Piece& piece = work.pieces[next++];
+        piece.address = page_address(change.slot, change.region, page);
+        const std::size_t bytes = piece.extent->pages() * page_bytes_;
+        const bool dirty = piece.create ? !backend().fresh_memory_is_zero() : piece.extent->dirty;
+        if (dirty && pool_->config().zero) append_range(work.zeros, piece.address, bytes);
+        page += piece.extent->pages();
+      }
+    };
+    place(change.front, change.front_pieces);
+    const std::size_t clean = run.empty() ? change.back_from : std::min(run.clean_end, run.end);
+    const std::size_t clean_old_to = std::min(change.clean_to, change.back_from);
+    if (clean < clean_old_to) {
+      append_range(work.zeros, page_address(change.slot, change.region, clean),
+                   (clean_old_to - clean) * page_bytes_);
+    }
+    place(change.back_from, change.back_pieces);
+  }
+  for (const Change& change : growth.changes) {
+    const auto guards = [&](std::vector<Work::Piece>& pieces, std::size_t from) {
+      for (std::size_t page = 0; page < config_.guard_pages; page += guard_->pages()) {
+        pieces.push_back({page_address(change.slot, change.region, from + page), guard_, false, true,
+                          Access::read});
+      }
+    };
+    if (change.remove_guard) guards(work.displaced, change.back_from);
+    if (change.add_guard) guards(work.pieces, change.back_to);
+  }
+  return work;
+}
+
+// Books what a growth has built, or that it has not.
+void Allocator::commit(const Growth& growth, const Work& work, bool built) {
+  std::size_t next = 0;
+  for (const Change& change : growth.changes) {
+    Slot& slot = slots_[change.slot];
+    Run& run = slot.runs[change.region];
+    const std::size_t first = next;
+    next += change.front_pieces + change.back_pieces;
+    if (!built) {
+      if (change.remove_guard && work.displaced_lost) slot.state = SlotState::broken;
+      continue;
+    }
+    const auto mapping = [&](std::size_t piece) {
+      const std::size_t offset =
+          work.pieces[piece].address - page_address(change.slot, change.region, 0);
+      return Mapping{offset / page_bytes_, work.pieces[piece].extent};
+    };
+    std::vector<Mapping> front;
+    for (std::size_t i = 0; i < change.front_pieces; ++i) front.push_back(mapping(first + i));
+    run.mappings.insert(run.mappings.begin(), front.begin(), front.end());
+    for (std::size_t i = 0; i < change.back_pieces; ++i) {
+      run.mappings.push_back(mapping(first + change.front_pieces + i));
+    }
+    run.front = change.front;
+    run.end = change.back_to;
+    run.clean_end = std::max(change.clean_to, run.front);
+    if (change.remove_guard) run.guarded = false;
+    if (change.add_guard) run.guarded = true;
+  }
+  for (const Work::Piece& piece : work.stuck) {
+    for (const Change& change : growth.changes) {
+      const RegionConfig& r = config_.regions[change.region];
+      const Address slot_base = page_address(change.slot, change.region, 0);
+      if (piece.address >= slot_base && piece.address < slot_base + r.slot_stride_bytes) {
+        slots_[change.slot].state = SlotState::broken;
+        break;
+      }
+    }
+  }
+}
+
+// Runs a growth without the lock, with its slots busy. The growth is booked when it returns.
+Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, bool wait) {
+  Work work = prepare(growth, stream);
+  work.wait = wait;
+  for (const Change& change : growth.changes) slots_[change.slot].busy = true;
+  pool_->begin_work();
+  lock.unlock();
+  const Status status = work.run(backend());
+  lock.lock();
+  pool_->end_work();
+  commit(growth, work, status.ok());
+  pool_->settle(work, status.ok());
+  for (const Change& change : growth.changes) {
+    slots_[change.slot].busy = false;
+    refresh(change.slot);
+  }
+  pool_->announce();
+  return status;
+}
+
+// A guard may be read by kernels that run now: they must be done before it makes room.
+void Allocator::wait_for_readers(Lock& lock, const Growth& growth, Stream stream) {
+  for (const Change& change : growth.changes) slots_[change.slot].busy = true;
+  lock.unlock();
+  const Status status = backend().synchronize(stream);
+  lock.lock();
+  for (const Change& change : growth.changes) slots_[change.slot].busy = false;
+  pool_->announce();
+  if (!status.ok()) throw_status(backend(), status);
+}
+
+// Makes every target's tokens, and the slack behind them, mapped and clean; or throws and leaves
+// all of them as they were.
+void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers) {
+  struct Pins {
+    std::vector<Slot>& slots;
+    const std::vector<Target>& targets;
+    void set(bool pinned) const {
+      for (const Target& target : targets) slots[target.slot].pinned = pinned;
+    }
+    ~Pins() { set(false); }
+  };
+  const Pins pins{slots_, targets};
+  std::vector<std::uint64_t> generations;
+  for (const Target& target : targets) generations.push_back(slots_[target.slot].generation);
+  bool driver_was_full = false;
+
+  for (;;) {
+    for (const Target& target : targets) wait_idle(lock, target.slot);
+    for (std::size_t i = 0; i < targets.size(); ++i) {
+      // The lock may have been dropped since the caller looked.
+      (void)require_live({targets[i].slot, generations[i]});
+      take_back_tails(slots_[targets[i].slot]);
+    }
+    pins.set(true);
+    Growth growth = plan(targets, Generosity::rounded);
+    if (growth.bytes > pool_->available_bytes()) growth = plan(targets, Generosity::exact);
+    if (growth.changes.empty()) return;
+
+    if (growth.bytes > pool_->available_bytes()) {
+      const std::size_t missing = growth.bytes - pool_->available_bytes();
+      if (missing > pool_->reclaimable_bytes()) {
+        if (pool_->working()) {  // what others carry now may come back
+          pool_->wait_for_change(lock);
+          continue;
+        }
+        throw_out_of_pages(growth.bytes, "the budget is used up");
+      }
+      if (!pool_->reclaim_some(lock, missing, true) && !pool_->working()) {
+        throw_out_of_pages(growth.bytes, "the GPU did not finish with what was freed in time");
+      }
+      continue;
+    }
+    if (!pool_->has_mappings(growth.mappings)) {
+      throw BackendFailure("the " + std::string(backend().name()) + " backend holds about as many "
+                           "mappings as it can (" + std::to_string(backend().max_mappings()) +
+                           "): use larger extents, or fewer sequences", "map", 0);
+    }
+    if (growth.removes_guard && readers) {
+      wait_for_readers(lock, growth, stream);
+      readers = false;
+      continue;
+    }
+    const Status status = execute(lock, growth, stream, false);
+    if (status.ok()) return;
+    if (status.kind != Status::Kind::out_of_memory) throw_status(backend(), status);
+    // The device has less than the budget: what is idle here may help, once.
+    if (driver_was_full || pool_->give_back_idle(lock) == 0) {
+      throw_out_of_pages(growth.bytes, "the device itself is full (" + std::string(status.call) +
+                                           ": " + backend().describe(status.code) + ")");
+    }
+    driver_was_full = true;
+  }
+}
+
+void Allocator::throw_out_of_pages(std::size_t needed, const std::string& why) const {
+  const std::size_t free_bytes = pool_->available_bytes();
+  const std::size_t reclaimable = pool_->reclaimable_bytes();
+  const std::size_t budget = pool_->config().budget_bytes;
+  throw OutOfPages("out of memory for KV: " + why + ". Needed " + human_bytes(needed) + "; free " +
+                       human_bytes(free_bytes) + ", reclaimable " + human_bytes(reclaimable) +
+                       ", budget " + human_bytes(budget) +
+                       ". Free or trim sequences, or raise the budget",
+                   needed, free_bytes, reclaimable, budget);
+}
+
+// Growth takes back what a trim has cut off and nobody has unmapped yet.
+void Allocator::take_back_tails(Slot& slot) {
+  for (std::size_t i = slot.retired.size(); i-- > 0;) {
+    Retired& retired = slot.retired[i];
+    if (!retired.tail) continue;
+    for (Cut& cut : retired.cuts) {
+      Run& run = slot.runs[cut.region];
+      if (run.mappings.empty()) run.front = cut.mappings.front().page;
+      run.end = cut.mappings.back().page + cut.mappings.back().extent->pages();
+      run.mappings.insert(run.mappings.end(), cut.mappings.begin(), cut.mappings.end());
+    }
+    pool_->return_fence(retired.fence);
+    slot.retired.erase(slot.retired.begin() + static_cast<std::ptrdiff_t>(i));
+    --retired_entries_;
+  }
+}
+
+// The mapper's part: grows the sequences that come near the end of what they have. Drops the lock.
+// Returns whether anything was done; a lack of memory is not an error here.
+bool Allocator::map_ahead(Lock& lock, Stream stream) {
+  if (closed_ || config_.lookahead_tokens == 0) return false;
+  std::vector<Target> targets;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    if (targets.size() == kAheadBatch) break;
+    const Slot& slot = slots_[i];
+    if (slot.state != SlotState::live || slot.busy || slot.pinned || !slot.retired.empty()) continue;
+    if (lengths_[i] <= soft_[i] || lengths_[i] == 0) continue;
+    targets.push_back({i, std::min(lengths_[i] + config_.lookahead_tokens, config_.max_seq_len)});
+  }
+  Growth growth = plan(targets, Generosity::ahead);
+  if (growth.changes.empty()) return false;
+  if (growth.bytes > pool_->available_bytes() || !pool_->has_mappings(growth.mappings)) {
+    ++counters_.ahead_failures;
+    return false;
+  }
+  const std::size_t mappings = growth.mappings;
+  const Status status = execute(lock, growth, stream, true);
+  if (status.ok()) {
+    counters_.ahead_mappings += mappings;
+  } else {
+    ++counters_.ahead_failures;
+  }
+  return status.ok();
+}
+
+// The guard: one extent of zeros, read-only, aliased behind every sequence that needs it.
+void Allocator::make_guard() {
+  Lock lock = pool_->lock();
+  const std::uint8_t order = std::min(pool_->max_order(), order_within(config_.guard_pages));
+  const std::size_t bytes = (std::size_t{1} << order) * page_bytes_;
+  if (bytes > pool_->available_bytes()) throw_out_of_pages(bytes, "no room for the guard");
+  Work work;
+  pool_->take(work, {order});
+  work.pieces[0].address = base_;
+  work.zeros.push_back({base_, bytes});
+  work.wait = true;
+  lock.unlock();
+  Status status = work.run(backend());
+  bool mapped = status.ok();
+  if (mapped) {
+    status = backend().unmap(base_, bytes);
+    mapped = !status.ok();
+    if (mapped) work.stuck.push_back(work.pieces[0]);
+  }
+  lock.lock();
+  pool_->settle(work, status.ok());
+  if (!status.ok()) throw_status(backend(), status);
+  pool_->count_unmapped(1);
+  guard_ = work.pieces[0].extent;
+}
+
+}  // namespace vattention

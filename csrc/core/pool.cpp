@@ -1,0 +1,475 @@
+#include "core/pool.h"
+
+#include <algorithm>
+#include <bit>
+#include <string>
+#include <utility>
+
+#include "core/allocator.h"
+#include "core/mapper.h"
+#include "core/trace.h"
+
+namespace vattention {
+namespace {
+
+std::uint8_t largest_order(const Backend& backend, const PoolConfig& config) {
+  const std::size_t page = backend.page_bytes();
+  if (config.max_extent_bytes < page || !std::has_single_bit(config.max_extent_bytes / page) ||
+      config.max_extent_bytes % page != 0) {
+    throw ConfigError("max_extent must be a power of two times the page size (" +
+                      human_bytes(page) + "), not " + human_bytes(config.max_extent_bytes));
+  }
+  return order_within(config.max_extent_bytes / page);
+}
+
+}  // namespace
+
+std::shared_ptr<Pool> Pool::create(std::shared_ptr<Backend> backend, const PoolConfig& config) {
+  std::shared_ptr<Pool> pool(new Pool(std::move(backend), config));
+  if (config.background) pool->mapper_ = std::make_unique<Mapper>(*pool);
+  return pool;
+}
+
+Pool::Pool(std::shared_ptr<Backend> backend, const PoolConfig& config)
+    : backend_(std::move(backend)),
+      page_bytes_(backend_->page_bytes()),
+      max_order_(largest_order(*backend_, config)),
+      config_(config) {
+  if (config.budget_bytes < page_bytes_) {
+    throw ConfigError("the budget of " + human_bytes(config.budget_bytes) +
+                      " is less than one page of " + human_bytes(page_bytes_));
+  }
+  if (config.low_bytes > config.high_bytes) {
+    throw ConfigError("the low watermark is above the high one");
+  }
+}
+
+Pool::~Pool() {
+  stop();
+  for (std::vector<Extent*>& list : free_) {
+    for (const Extent* extent : list) (void)backend_->destroy(extent->handle);
+  }
+  for (const Fence fence : spare_fences_) (void)backend_->destroy_fence(fence);
+}
+
+void Pool::stop() noexcept {
+  if (mapper_ != nullptr) mapper_->stop();
+}
+
+void Pool::wake_mapper() noexcept {
+  if (mapper_ != nullptr) mapper_->wake();
+}
+
+// ---- extents ----
+
+Extent* Pool::new_extent(std::uint8_t order) {
+  if (spare_records_.empty()) {
+    extents_.push_back(std::make_unique<Extent>());
+    spare_records_.push_back(extents_.back().get());
+  }
+  Extent* extent = spare_records_.back();
+  spare_records_.pop_back();
+  *extent = Extent{0, 0, order, true};
+  return extent;
+}
+
+void Pool::drop_extent(Extent* extent) noexcept {
+  extent->handle = 0;
+  extent->owners = 0;
+  spare_records_.push_back(extent);
+}
+
+void Pool::put_free(Extent* extent) {
+  extent->owners = 0;
+  free_[extent->order].push_back(extent);
+  free_bytes_ += bytes(*extent);
+}
+
+void Pool::release(Extent* extent) {
+  --mappings_;
+  disown(extent);
+}
+
+void Pool::disown(Extent* extent) {
+  if (--extent->owners > 0) return;
+  extent->dirty = true;
+  put_free(extent);
+}
+
+void Pool::forget(Extent* extent, bool unmapped) {
+  if (unmapped) {
+    release(extent);
+  } else {
+    stuck_bytes_ += bytes(*extent);
+  }
+}
+
+void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
+  work.pieces.reserve(work.pieces.size() + orders.size());
+  for (const std::uint8_t order : orders) {
+    Work::Piece piece;
+    if (free_[order].empty()) {
+      piece.extent = new_extent(order);
+      piece.create = true;
+      held_bytes_ += bytes(*piece.extent);
+    } else {
+      piece.extent = free_[order].back();
+      free_[order].pop_back();
+      free_bytes_ -= bytes(*piece.extent);
+    }
+    piece.extent->owners = 1;
+    work.pieces.push_back(piece);
+  }
+  exchange(work);
+}
+
+// Where what is to be created goes over the budget, free extents of other sizes make room for it.
+void Pool::exchange(Work& work) {
+  for (std::size_t order = kOrders; order-- > 0;) {
+    while (held_bytes_ > config_.budget_bytes && !free_[order].empty()) {
+      Extent* extent = free_[order].back();
+      free_[order].pop_back();
+      free_bytes_ -= bytes(*extent);
+      held_bytes_ -= bytes(*extent);
+      work.destroys.push_back(extent);
+    }
+  }
+}
+
+void Pool::settle(const Work& work, bool built) {
+  for (std::size_t i = 0; i < work.destroys.size(); ++i) {
+    Extent* extent = work.destroys[i];
+    if (i < work.destroyed) {
+      drop_extent(extent);
+      ++counters_.destroys;
+    } else {
+      held_bytes_ += bytes(*extent);
+      put_free(extent);
+    }
+  }
+  const auto back_to_pool = [&](Extent* extent) {
+    if (extent->handle != 0) {
+      put_free(extent);
+    } else {
+      held_bytes_ -= bytes(*extent);
+      drop_extent(extent);
+    }
+  };
+  for (Extent* extent : work.creates) {
+    counters_.creates += built ? 1U : 0U;
+    back_to_pool(extent);
+  }
+  const auto is_stuck = [&](const Work::Piece& piece) {
+    return std::any_of(work.stuck.begin(), work.stuck.end(),
+                       [&](const Work::Piece& s) { return s.address == piece.address; });
+  };
+  for (const Work::Piece& piece : work.pieces) {
+    if (built) {
+      ++mappings_;
+      ++counters_.maps;
+      counters_.creates += piece.create ? 1U : 0U;
+      piece.extent->owners += piece.alias ? 1U : 0U;
+    } else if (is_stuck(piece)) {
+      ++mappings_;
+      piece.extent->owners += piece.alias ? 1U : 0U;
+      stuck_bytes_ += piece.alias ? 0 : bytes(*piece.extent);
+    } else if (!piece.alias) {
+      back_to_pool(piece.extent);
+    }
+  }
+  for (const Work::Piece& piece : work.displaced) {
+    if (built) release(piece.extent);
+  }
+  counters_.unmaps += work.unmapped;
+  peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
+}
+
+bool Pool::has_mappings(std::size_t more) const noexcept {
+  return mappings_ + more <= backend_->max_mappings();
+}
+
+// ---- fences ----
+
+Fence Pool::borrow_fence() {
+  if (!spare_fences_.empty()) {
+    const Fence fence = spare_fences_.back();
+    spare_fences_.pop_back();
+    return fence;
+  }
+  Fence fence = 0;
+  if (const Status status = backend_->create_fence(&fence); !status.ok()) {
+    throw_status(*backend_, status);
+  }
+  return fence;
+}
+
+void Pool::return_fence(Fence fence) noexcept { spare_fences_.push_back(fence); }
+
+// ---- allocators ----
+
+void Pool::attach(Allocator* allocator) {
+  const Lock guard = lock();
+  allocators_.push_back(allocator);
+}
+
+void Pool::detach(Allocator* allocator, Lock& lock) {
+  while (allocator->users_ > 0) changed_.wait(lock);
+  std::erase(allocators_, allocator);
+}
+
+std::size_t Pool::reclaimable_bytes() const {
+  std::size_t total = 0;
+  for (const Allocator* allocator : allocators_) total += allocator->reclaimable_bytes();
+  return total;
+}
+
+bool Pool::has_retired() const noexcept {
+  return std::any_of(allocators_.begin(), allocators_.end(),
+                     [](const Allocator* a) { return a->retired_entries_ > 0; });
+}
+
+// ---- giving up ----
+
+// Runs planned unmappings without the lock, with their slots busy, and books those that were done.
+void Pool::unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
+                 bool synchronize) {
+  if (unmappings.empty()) return;
+  const auto mark = [&](bool busy) {
+    for (const Unmapping& u : unmappings) {
+      u.owner->slots_[u.slot].busy = busy;
+      u.owner->users_ += busy ? 1U : static_cast<std::size_t>(-1);
+    }
+  };
+  mark(true);
+  begin_work();
+  lock.unlock();
+  Status status;
+  if (synchronize) status = backend_->synchronize_device();
+  if (status.ok()) status = work.run(*backend_);
+  lock.lock();
+  end_work();
+  for (std::size_t i = 0; i < work.unmapped; ++i) {
+    unmappings[i].owner->finish_unmapping(unmappings[i]);
+    unmappings[i].owner->refresh(unmappings[i].slot);
+  }
+  settle(work, status.ok());
+  mark(false);
+  announce();
+  if (!status.ok()) throw_status(*backend_, status);
+}
+
+bool Pool::collect(Lock& lock) {
+  Work work;
+  std::vector<Unmapping> unmappings;
+  for (Allocator* allocator : allocators_) allocator->plan_retired(work, unmappings);
+  unmap(lock, work, unmappings, false);
+  return !unmappings.empty();
+}
+
+std::size_t Pool::evict(Lock& lock, std::size_t bytes) {
+  Work work;
+  std::vector<Unmapping> unmappings;
+  std::size_t planned = 0;
+  for (Allocator* allocator : allocators_) {
+    if (planned >= bytes) break;
+    planned += allocator->plan_eviction(work, unmappings, bytes - planned);
+  }
+  unmap(lock, work, unmappings, false);
+  return planned;
+}
+
+bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
+  if (collect(lock) || evict(lock, bytes) > 0) return true;
+  if (!waiting_allowed) return false;
+  for (std::size_t i = 0; i < allocators_.size(); ++i) {
+    Allocator* allocator = allocators_[i];
+    if (!allocator->any_fence_pending()) continue;
+    ++allocator->users_;
+    const bool passed = allocator->wait_for_a_fence(lock);
+    --allocator->users_;
+    announce();
+    if (passed) return true;
+  }
+  Work work;
+  std::vector<Unmapping> unmappings;
+  std::size_t planned = 0;
+  for (Allocator* allocator : allocators_) {
+    if (planned >= bytes) break;
+    planned += allocator->plan_surplus(work, unmappings, bytes - planned);
+  }
+  unmap(lock, work, unmappings, true);
+  return planned > 0;
+}
+
+std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {
+  Work work;
+  std::size_t gone = 0;
+  for (std::size_t order = kOrders; order-- > 0;) {
+    std::vector<Extent*>& list = free_[order];
+    while (!list.empty() && free_bytes_ >= keep_bytes + bytes(*list.back())) {
+      Extent* extent = list.back();
+      list.pop_back();
+      free_bytes_ -= bytes(*extent);
+      held_bytes_ -= bytes(*extent);
+      gone += bytes(*extent);
+      work.destroys.push_back(extent);
+    }
+  }
+  if (work.destroys.empty()) return 0;
+  begin_work();
+  lock.unlock();
+  const Status status = work.run(*backend_);
+  lock.lock();
+  end_work();
+  settle(work, status.ok());
+  announce();
+  if (!status.ok()) throw_status(*backend_, status);
+  return gone;
+}
+
+std::size_t Pool::give_back_idle(Lock& lock) {
+  while (collect(lock)) {
+  }
+  (void)evict(lock, SIZE_MAX);
+  return shrink(lock, 0);
+}
+
+std::size_t Pool::reclaim() {
+  Lock guard = lock();
+  std::size_t gone = give_back_idle(guard);
+  for (std::size_t i = 0; i < allocators_.size(); ++i) {
+    Allocator* allocator = allocators_[i];
+    ++allocator->users_;
+    while (allocator->any_fence_pending() && allocator->wait_for_a_fence(guard)) {
+      gone += give_back_idle(guard);
+    }
+    --allocator->users_;
+    announce();
+  }
+  audit();
+  return gone;
+}
+
+void Pool::keep_watermarks(Lock& lock) {
+  if (config_.high_bytes == SIZE_MAX && config_.low_bytes == 0) return;
+  if (mapper_ != nullptr) {
+    mapper_->wake();
+  } else {
+    lower(lock);
+  }
+}
+
+// Idle memory is what is free and what freed slots still hold; above the high watermark it goes.
+void Pool::lower(Lock& lock) {
+  const auto idle = [&] {
+    std::size_t total = free_bytes_;
+    for (const Allocator* allocator : allocators_) total += allocator->cached_bytes();
+    return total;
+  };
+  while (idle() > config_.high_bytes) {
+    const std::size_t excess = idle() - config_.high_bytes;
+    const std::size_t keep = free_bytes_ > excess ? free_bytes_ - excess : 0;
+    if (shrink(lock, keep) == 0 && evict(lock, excess) == 0) return;
+  }
+}
+
+bool Pool::refill(Lock& lock) {
+  if (free_bytes_ + page_bytes_ > config_.low_bytes) return false;
+  Work work;
+  while (free_bytes_ + work.creates.size() * page_bytes_ < config_.low_bytes &&
+         held_bytes_ + page_bytes_ <= config_.budget_bytes) {
+    work.creates.push_back(new_extent(0));
+    held_bytes_ += page_bytes_;
+  }
+  if (work.creates.empty()) return false;
+  begin_work();
+  lock.unlock();
+  const Status status = work.run(*backend_);
+  lock.lock();
+  end_work();
+  settle(work, status.ok());
+  announce();
+  return status.ok();
+}
+
+// One round of the background thread; returns whether there may be more to do at once.
+bool Pool::background_pass(Lock& lock, Stream stream) {
+  bool more = false;
+  for (std::size_t i = 0; i < allocators_.size(); ++i) {
+    Allocator* allocator = allocators_[i];
+    ++allocator->users_;
+    try {
+      more = allocator->map_ahead(lock, stream) || more;
+    } catch (...) {
+      --allocator->users_;
+      announce();
+      throw;
+    }
+    --allocator->users_;
+    announce();
+  }
+  (void)collect(lock);
+  lower(lock);
+  (void)refill(lock);
+  return more;
+}
+
+// ---- settings and looking ----
+
+void Pool::set_budget(std::size_t budget) {
+  Lock guard = lock();
+  if (budget < page_bytes_) {
+    throw ConfigError("the budget of " + human_bytes(budget) + " is less than one page of " +
+                      human_bytes(page_bytes_));
+  }
+  while (held_bytes_ > budget) {
+    const std::size_t excess = held_bytes_ - budget;
+    const std::size_t reclaimable = reclaimable_bytes();
+    if (excess > free_bytes_ + reclaimable && working_ == 0) {
+      throw OutOfPages("the budget cannot be lowered to " + human_bytes(budget) +
+                           ": live sequences hold " +
+                           human_bytes(held_bytes_ - free_bytes_ - reclaimable) +
+                           ". Free or trim some first",
+                       held_bytes_ - free_bytes_ - reclaimable, free_bytes_, reclaimable,
+                       config_.budget_bytes);
+    }
+    if (shrink(guard, free_bytes_ > excess ? free_bytes_ - excess : 0) > 0) continue;
+    // A free extent that is larger than the excess goes too.
+    if (free_bytes_ > 0 && shrink(guard, 0) > 0) continue;
+    if (reclaim_some(guard, excess, true)) continue;
+    if (working_ > 0) {
+      wait_for_change(guard);
+      continue;
+    }
+    throw OutOfPages("the budget cannot be lowered yet: the GPU did not finish in time",
+                     excess, free_bytes_, reclaimable, config_.budget_bytes);
+  }
+  config_.budget_bytes = budget;
+  announce();
+  audit();
+}
+
+void Pool::set_watermarks(std::size_t low_bytes, std::size_t high_bytes) {
+  Lock guard = lock();
+  if (low_bytes > high_bytes) throw ConfigError("the low watermark is above the high one");
+  config_.low_bytes = low_bytes;
+  config_.high_bytes = high_bytes;
+  if (mapper_ != nullptr) {
+    mapper_->wake();
+  } else {
+    lower(guard);
+  }
+}
+
+PoolStats Pool::stats() const {
+  const Lock guard = lock();
+  PoolStats stats = counters_;
+  stats.budget_bytes = config_.budget_bytes;
+  stats.held_bytes = held_bytes_;
+  stats.peak_held_bytes = peak_held_bytes_;
+  stats.free_bytes = free_bytes_;
+  stats.mappings = mappings_;
+  return stats;
+}
+
+}  // namespace vattention

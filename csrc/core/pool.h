@@ -1,0 +1,187 @@
+// A pool of extents under one budget, shared by the allocators that draw on it.
+//
+// Owns: the backend, every extent of its allocators, the free lists, the fences, the one lock and
+// the one background thread (Mapper).
+// Always true, under the lock: held_bytes <= budget_bytes; each extent that counts into held_bytes
+// is free, owned by mappings, or carried by a Work in flight; free_bytes is what the free lists sum
+// to. The lock is never held over a call that waits for the GPU.
+//
+// Threads: every public method of Pool and Allocator may be called from any thread. Methods that
+// take a Lock expect the pool's own lock in it, held.
+#pragma once
+
+#include <array>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "backend/backend.h"
+#include "core/errors.h"
+#include "core/extent.h"
+#include "core/work.h"
+
+namespace vattention {
+
+class Allocator;
+class Mapper;
+struct Unmapping;
+
+struct PoolConfig {
+  std::size_t budget_bytes = 0;
+  // Background: keep at least low_bytes free and created; give back what is free above high_bytes.
+  std::size_t low_bytes = 0;
+  std::size_t high_bytes = SIZE_MAX;
+  std::size_t max_extent_bytes = 0;
+  bool zero = true;        // clear memory before another owner, or the first, can read it
+  bool background = true;  // run the mapper thread
+};
+
+struct PoolStats {
+  std::size_t budget_bytes = 0;
+  std::size_t held_bytes = 0;         // physical memory created at the driver
+  std::size_t peak_held_bytes = 0;
+  std::size_t free_bytes = 0;         // created, and behind nothing
+  std::size_t mappings = 0;           // at the driver, aliases included
+  std::uint64_t creates = 0;          // extents, ever
+  std::uint64_t destroys = 0;
+  std::uint64_t maps = 0;             // mappings, ever
+  std::uint64_t unmaps = 0;           // unmap calls, ever
+};
+
+class Pool : public std::enable_shared_from_this<Pool> {
+ public:
+  using Lock = std::unique_lock<std::mutex>;
+
+  // Throws ConfigError.
+  [[nodiscard]] static std::shared_ptr<Pool> create(std::shared_ptr<Backend> backend,
+                                                    const PoolConfig& config);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // Throws OutOfPages, and changes nothing, where live sequences hold more than the new budget.
+  void set_budget(std::size_t bytes);
+  void set_watermarks(std::size_t low_bytes, std::size_t high_bytes);
+  [[nodiscard]] PoolStats stats() const;
+  // Unmaps what freed sequences left mapped and gives all free memory back to the driver. Waits
+  // for the work that still uses it. Returns the bytes given back.
+  std::size_t reclaim();
+  // Throws std::logic_error where something that must always be true is not.
+  void check() const;
+  // The same where VATTENTION_DEBUG asks for it. With the lock held.
+  void audit() const;
+  // Ends the background thread; idempotent.
+  void stop() noexcept;
+
+  // ---- for Allocator and Mapper, all with the lock held ----
+
+  [[nodiscard]] Lock lock() const { return Lock(mutex_); }
+  [[nodiscard]] Backend& backend() const noexcept { return *backend_; }
+  [[nodiscard]] std::size_t page_bytes() const noexcept { return page_bytes_; }
+  [[nodiscard]] const PoolConfig& config() const noexcept { return config_; }
+  [[nodiscard]] std::uint8_t max_order() const noexcept { return max_order_; }
+
+  // Bytes that could be mapped without unmapping anything first.
+  [[nodiscard]] std::size_t available_bytes() const noexcept {
+    return config_.budget_bytes - held_bytes_ + free_bytes_;
+  }
+  // Bytes that giving up everything reclaimable would add.
+  [[nodiscard]] std::size_t reclaimable_bytes() const;
+  // Whether the driver can be expected to take that many more mappings.
+  [[nodiscard]] bool has_mappings(std::size_t more) const noexcept;
+
+  // Puts an extent into each piece (their `order`s are in `orders`): free ones of the size first,
+  // then new ones, for which free ones of other sizes are given up where the budget is short.
+  // Requires: the sizes sum to at most available_bytes().
+  void take(Work& work, const std::vector<std::uint8_t>& orders);
+  // After work.run(): books what became of everything it carried. Pieces that were built are
+  // owned now; all others are back in the pool. Unmapped ranges are the caller's to book.
+  void settle(const Work& work, bool built);
+  // One mapping less of the extent; the last one makes it free, and dirty.
+  void release(Extent* extent);
+  // One owner less that was no mapping.
+  void disown(Extent* extent);
+  // One mapping of an allocator that is being torn down, which may not have been undone.
+  void forget(Extent* extent, bool unmapped);
+  // As settle() does not know of them: mappings that are gone.
+  void count_unmapped(std::size_t mappings) noexcept { mappings_ -= mappings; }
+
+  // Between these, somebody carries extents without the lock.
+  void begin_work() noexcept { ++working_; }
+  void end_work() noexcept { --working_; }
+  [[nodiscard]] bool working() const noexcept { return working_ > 0; }
+
+  // Frees at least that many bytes by giving up what is reclaimable, cheapest first; drops the
+  // lock while the driver works. `waiting_allowed` lets it wait for the GPU. Returns false when
+  // there was nothing to give up.
+  bool reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed);
+  // Unmaps what is retired and whose fences have passed; drops the lock meanwhile. Returns whether
+  // there was anything.
+  bool collect(Lock& lock);
+  // Gives idle memory above the high watermark back to the driver; drops the lock meanwhile.
+  // Where there is a background thread, that does it.
+  void keep_watermarks(Lock& lock);
+  // Destroys free extents until at most keep_bytes are free; drops the lock meanwhile. Returns the
+  // bytes given back. Throws BackendFailure.
+  std::size_t shrink(Lock& lock, std::size_t keep_bytes);
+  // Evicts what can be without waiting, and shrinks to nothing. Returns the bytes given back.
+  std::size_t give_back_idle(Lock& lock);
+
+  [[nodiscard]] Fence borrow_fence();  // throws BackendFailure
+  void return_fence(Fence fence) noexcept;
+
+  void attach(Allocator* allocator);
+  void detach(Allocator* allocator, Lock& lock);
+
+  // Wakes the background thread; does nothing without one.
+  void wake_mapper() noexcept;
+  // Wakes whoever waits for a busy slot or for memory.
+  void announce() noexcept { changed_.notify_all(); }
+  void wait_for_change(Lock& lock) { changed_.wait(lock); }
+
+ private:
+  friend class Mapper;
+  Pool(std::shared_ptr<Backend> backend, const PoolConfig& config);
+
+  [[nodiscard]] std::size_t bytes(const Extent& extent) const noexcept {
+    return extent.pages() * page_bytes_;
+  }
+  Extent* new_extent(std::uint8_t order);
+  void drop_extent(Extent* extent) noexcept;
+  void put_free(Extent* extent);
+  void exchange(Work& work);
+  bool refill(Lock& lock);
+  void lower(Lock& lock);
+  bool background_pass(Lock& lock, Stream stream);
+  [[nodiscard]] bool has_retired() const noexcept;
+  std::size_t evict(Lock& lock, std::size_t bytes);
+  void unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings, bool synchronize);
+  void check_locked() const;
+
+  const std::shared_ptr<Backend> backend_;
+  const std::size_t page_bytes_;
+  const std::uint8_t max_order_;
+  PoolConfig config_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::array<std::vector<Extent*>, kOrders> free_;
+  std::vector<std::unique_ptr<Extent>> extents_;  // every record there is
+  std::vector<Extent*> spare_records_;            // records of destroyed extents
+  std::size_t held_bytes_ = 0;
+  std::size_t peak_held_bytes_ = 0;
+  std::size_t free_bytes_ = 0;
+  std::size_t mappings_ = 0;
+  std::size_t working_ = 0;
+  std::size_t stuck_bytes_ = 0;  // behind mappings that the driver would not undo
+  PoolStats counters_;
+  std::vector<Fence> spare_fences_;
+  std::vector<Allocator*> allocators_;
+  std::unique_ptr<Mapper> mapper_;
+};
+
+}  // namespace vattention

@@ -1,0 +1,196 @@
+// How memory is given up: what is retired once its fence has passed, then freed slots, then what
+// live sequences hold beyond their needs. A plan chooses mappings; the pool unmaps them without
+// the lock; finish_unmapping books each one that is really gone.
+#include <algorithm>
+#include <utility>
+
+#include "core/allocator.h"
+
+namespace vattention {
+
+// Plans to unmap a run's mappings from the first-th on, and its guard with them.
+void Allocator::unmap_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot,
+                            std::uint32_t region, std::size_t first) {
+  const Run& run = slots_[slot].runs[region];
+  const std::size_t page = run.mappings[first].page;
+  const std::size_t end = run.end + (run.guarded ? config_.guard_pages : 0);
+  work.unmaps.push_back({page_address(slot, region, page), (end - page) * page_bytes_});
+  unmappings.push_back({this, slot, region, first, 0});
+}
+
+// Freed slots whose fences have passed, longest freed first. Returns the bytes it plans to free.
+std::size_t Allocator::plan_eviction(Work& work, std::vector<Unmapping>& unmappings,
+                                     std::size_t bytes) {
+  std::vector<std::uint32_t> victims;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].state == SlotState::cached && usable(slots_[i])) victims.push_back(i);
+  }
+  std::sort(victims.begin(), victims.end(), [&](std::uint32_t a, std::uint32_t b) {
+    return slots_[a].freed_at < slots_[b].freed_at;
+  });
+  std::size_t planned = 0;
+  for (const std::uint32_t victim : victims) {
+    if (planned >= bytes) break;
+    for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
+      if (!slots_[victim].runs[r].empty()) unmap_later(work, unmappings, victim, r, 0);
+    }
+    planned += mapped_pages(slots_[victim]) * page_bytes_;
+  }
+  return planned;
+}
+
+void Allocator::plan_retired(Work& work, std::vector<Unmapping>& unmappings) {
+  if (retired_entries_ == 0) return;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].busy || slots_[i].pinned) continue;
+    for (const Retired& retired : slots_[i].retired) {
+      bool passed = false;
+      if (!backend().query(retired.fence, &passed).ok() || !passed) break;
+      for (const Cut& cut : retired.cuts) {
+        const Mapping& last = cut.mappings.back();
+        const std::size_t pages = last.page + last.extent->pages() - cut.mappings.front().page;
+        work.unmaps.push_back(
+            {page_address(i, cut.region, cut.mappings.front().page), pages * page_bytes_});
+        unmappings.push_back({this, i, cut.region, 0, retired.fence});
+      }
+    }
+  }
+}
+
+// Whole extents that live sequences do not need now. The device has to be synchronized before they
+// are unmapped: they may still be cleared, or be what a trim has left to running kernels.
+std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappings,
+                                    std::size_t bytes) {
+  std::size_t planned = 0;
+  for (std::uint32_t i = 0; i < slots_.size() && planned < bytes; ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.state != SlotState::live || slot.busy || slot.pinned) continue;
+    for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+      const Run& run = slot.runs[r];
+      const std::size_t first = run.first_above(surplus_from(i, r, 0));
+      if (run.guarded || first == run.mappings.size()) continue;
+      planned += (run.end - run.mappings[first].page) * page_bytes_;
+      unmap_later(work, unmappings, i, r, first);
+    }
+  }
+  return planned;
+}
+
+void Allocator::finish_unmapping(const Unmapping& unmapping) {
+  Slot& slot = slots_[unmapping.slot];
+  if (unmapping.retired != 0) {
+    const auto entry =
+        std::find_if(slot.retired.begin(), slot.retired.end(),
+                     [&](const Retired& r) { return r.fence == unmapping.retired; });
+    const auto cut = std::find_if(entry->cuts.begin(), entry->cuts.end(),
+                                  [&](const Cut& c) { return c.region == unmapping.region; });
+    for (const Mapping& mapping : cut->mappings) pool_->release(mapping.extent);
+    entry->cuts.erase(cut);
+    if (entry->cuts.empty()) {
+      pool_->return_fence(entry->fence);
+      slot.retired.erase(entry);
+      --retired_entries_;
+    }
+    return;
+  }
+  Run& run = slot.runs[unmapping.region];
+  if (run.guarded) {
+    for (std::size_t i = 0; i < guard_count(); ++i) pool_->release(guard_);
+    run.guarded = false;
+  }
+  const auto first = run.mappings.begin() + static_cast<std::ptrdiff_t>(unmapping.first);
+  run.end = first->page;
+  run.clean_end = std::min(run.clean_end, run.end);
+  for (auto mapping = first; mapping != run.mappings.end(); ++mapping) {
+    pool_->release(mapping->extent);
+  }
+  run.mappings.erase(first, run.mappings.end());
+  if (slot.state == SlotState::cached && mapped_pages(slot) == 0) slot.state = SlotState::empty;
+}
+
+std::size_t Allocator::cached_bytes() const {
+  std::size_t pages = 0;
+  for (const Slot& slot : slots_) {
+    if (slot.state == SlotState::cached && !slot.busy) pages += mapped_pages(slot);
+  }
+  return pages * page_bytes_;
+}
+
+std::size_t Allocator::reclaimable_bytes() const {
+  std::size_t bytes = cached_bytes();
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.busy || slot.pinned) continue;
+    for (const Retired& retired : slot.retired) {
+      for (const Cut& cut : retired.cuts) {
+        for (const Mapping& m : cut.mappings) bytes += m.extent->pages() * page_bytes_;
+      }
+    }
+    if (slot.state != SlotState::live) continue;
+    for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+      const Run& run = slot.runs[r];
+      const std::size_t first = run.first_above(surplus_from(i, r, 0));
+      if (run.guarded || first == run.mappings.size()) continue;
+      bytes += (run.end - run.mappings[first].page) * page_bytes_;
+    }
+  }
+  return bytes;
+}
+
+// The last owner is gone: everything goes back, once the device is done with all of it. What the
+// driver will not undo is left to the process; at its exit the driver may be gone already.
+void Allocator::tear_down() noexcept {
+  try {
+    bool anything = guard_ != nullptr;
+    for (const Slot& slot : slots_) anything = anything || mapped_pages(slot) > 0 || !slot.retired.empty();
+    const bool quiet = !anything || backend().synchronize_device().ok();
+    bool whole = quiet;
+    const auto unmap = [&](std::uint32_t slot, std::uint32_t region, std::size_t from,
+                           std::size_t to) {
+      const bool done = quiet && backend()
+                                     .unmap(page_address(slot, region, from),
+                                            (to - from) * page_bytes_)
+                                     .ok();
+      whole = whole && done;
+      return done;
+    };
+    Lock lock = pool_->lock();
+    for (std::uint32_t s = 0; s < slots_.size(); ++s) {
+      Slot& slot = slots_[s];
+      whole = whole && slot.state != SlotState::broken;
+      for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+        Run& run = slot.runs[r];
+        if (run.empty()) continue;
+        const std::size_t end = run.end + (run.guarded ? config_.guard_pages : 0);
+        const bool done = unmap(s, r, run.front, end);
+        for (const Mapping& m : run.mappings) pool_->forget(m.extent, done);
+        for (std::size_t i = 0; run.guarded && i < guard_count(); ++i) pool_->forget(guard_, done);
+        run = Run{};
+      }
+      for (const Retired& retired : slot.retired) {
+        for (const Cut& cut : retired.cuts) {
+          const Mapping& last = cut.mappings.back();
+          const bool done = unmap(s, cut.region, cut.mappings.front().page,
+                                  last.page + last.extent->pages());
+          for (const Mapping& m : cut.mappings) pool_->forget(m.extent, done);
+        }
+        pool_->return_fence(retired.fence);
+      }
+      slot.retired.clear();
+      if (slot.fence != 0) pool_->return_fence(std::exchange(slot.fence, 0));
+    }
+    if (guard_ != nullptr) {
+      pool_->disown(guard_);
+      guard_ = nullptr;
+    }
+    retired_entries_ = 0;
+    pool_->keep_watermarks(lock);
+    pool_->announce();
+    lock.unlock();
+    if (whole && base_ != 0) (void)backend().unreserve(base_, config_.reserved_bytes);
+  } catch (...) {
+    // Nothing can be reported from a destructor; the memory stays accounted as held.
+  }
+}
+
+}  // namespace vattention

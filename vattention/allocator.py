@@ -1,0 +1,271 @@
+"""The allocator: K and V tensors over reserved addresses, backed as sequences grow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vattention import _core
+from vattention.config import check_int
+from vattention.errors import ConfigError, VAttentionError
+from vattention.layout import KVLayout, TensorSpec
+from vattention.pool import Pool
+from vattention.sequence import Sequence
+from vattention.stats import KVStats
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+class KVAllocator:
+    """K and V of many sequences in contiguous virtual memory that is backed as they grow.
+
+    Each sequence has a slot: a row of the tensors that :meth:`layer` returns. Their addresses never
+    change; what changes is how much of a row has physical memory behind it. Only tokens below a
+    sequence's length may be touched: there is nothing behind the rest.
+
+    Streams: memory is ready for kernels launched on the current stream after a call returns, and
+    :meth:`Sequence.free` and :meth:`Sequence.trim` must be called after the last use was launched
+    there. Threads: any; calls are serialised. No call may be made on a stream that is being
+    captured into a CUDA graph, but a graph captured earlier stays valid while memory grows.
+
+    Args:
+        layout: what a token takes and how it lies.
+        max_sequences: slots.
+        max_seq_len: tokens a slot has addresses for; costs nothing until used.
+        memory, device, page_bytes: as for :class:`Pool`, which is made of them.
+        pool: a pool to draw on, instead of the three above.
+        tail_slack_tokens: tokens readable beyond each length, for kernels that load whole tiles;
+            they read as finite. Short sequences share one extent of zeros for it.
+        lookahead_tokens: the background thread keeps at least this many tokens mapped ahead of
+            each length; also what :meth:`Sequence.trim` leaves mapped for growing again.
+        fence_timeout_s: how long to wait for the GPU when memory that was freed is needed.
+        **pool_options: the other arguments of :class:`Pool`.
+
+    Raises:
+        ConfigError: an argument is out of range or contradicts another.
+        BackendUnavailable: there is no such device; the message says why.
+        BackendError: the driver refused to reserve the addresses.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        max_sequences: int,
+        max_seq_len: int,
+        memory: int | str | None = None,
+        device: str | torch.device | None = None,
+        page_bytes: int | None = None,
+        pool: Pool | None = None,
+        tail_slack_tokens: int = 0,
+        lookahead_tokens: int = 16,
+        fence_timeout_s: float = 30.0,
+        **pool_options: Any,
+    ) -> None:
+        """Reserves the addresses; takes no memory yet."""
+        if pool is None:
+            device = "cuda" if device is None else device
+            pool = Pool(memory, device, page_bytes=page_bytes, **pool_options)
+        elif pool_options or any(given is not None for given in (memory, device, page_bytes)):
+            raise ConfigError(
+                "pool already says where the memory is: leave out memory, device, page_bytes "
+                "and the pool's options"
+            )
+        self.layout = layout
+        self.pool = pool
+        self.device = pool.device
+        self.max_sequences = check_int(max_sequences, name="max_sequences", minimum=1)
+        self.max_seq_len = check_int(max_seq_len, name="max_seq_len", minimum=1)
+        slack = check_int(tail_slack_tokens, name="tail_slack_tokens", minimum=0)
+        guard_pages = _guard_pages(layout, slack, pool.page_bytes)
+        self._geometry = layout.region_geometry(
+            max_sequences, max_seq_len, pool.page_bytes, guard_pages
+        )
+        self._core: _core.Allocator | None = _core.Allocator(
+            pool=pool._core,
+            regions=list(
+                zip(
+                    self._geometry.region_offsets_bytes,
+                    self._geometry.slot_strides_bytes,
+                    layout.row_bytes,
+                    strict=True,
+                )
+            ),
+            reserved_bytes=self._geometry.reserved_bytes,
+            max_sequences=max_sequences,
+            max_seq_len=max_seq_len,
+            tail_slack_tokens=slack,
+            guard_pages=guard_pages,
+            lookahead_tokens=check_int(lookahead_tokens, name="lookahead_tokens", minimum=0),
+            fence_timeout_ms=int(fence_timeout_s * 1000),
+        )
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, over all slots; the same tensors, at the same address, for ever.
+
+        They may outlive the allocator: what is mapped then stays mapped until they are gone.
+
+        Returns:
+            K ``[max_sequences, max_seq_len, num_kv_heads, head_dim]`` and V the same with
+            ``v_head_dim``, in the layout's dtype; strided, the last two dimensions dense.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        core = self._open()
+        tensors = self._layers.get(layer)
+        if tensors is None:
+            k, v = self.layout.tensor_specs(
+                layer,
+                region_offsets_bytes=self._geometry.region_offsets_bytes,
+                slot_strides_bytes=self._geometry.slot_strides_bytes,
+                max_sequences=self.max_sequences,
+                max_seq_len=self.max_seq_len,
+            )
+            tensors = self._tensor(core, k), self._tensor(core, v)
+            self._layers[layer] = tensors
+        return tensors
+
+    def allocate(self, num_tokens: int = 0) -> Sequence:
+        """Begins a sequence, mapped for `num_tokens` tokens, in the freed slot that fits best.
+
+        Raises:
+            OutOfSlots: every slot has a live sequence.
+            OutOfPages: the budget does not hold it; nothing has changed.
+            SequenceTooLong: `num_tokens` is more than `max_seq_len`.
+            BackendError: the driver refused; nothing has changed.
+        """
+        return self.allocate_batch(1, num_tokens)[0]
+
+    def allocate_batch(self, num_sequences: int, num_tokens: int = 0) -> list[Sequence]:
+        """Begins several sequences in consecutive slots, so that a batch is one slice.
+
+        All of them, or none. Raises what :meth:`allocate` raises, :class:`OutOfSlots` also when
+        free slots are too scattered.
+        """
+        core = self._open()
+        count = check_int(num_sequences, name="num_sequences", minimum=1)
+        tokens = check_int(num_tokens, name="num_tokens", minimum=0)
+        ids = core.allocate(count, tokens, self._stream())
+        return [Sequence(self, slot, generation) for slot, generation in ids]
+
+    def step(self, lengths: Mapping[Sequence, int] | Any) -> None:
+        """Says how long sequences are in the engine's next step; call it once, before the step.
+
+        Maps what is missing: for all of them, or for none. With nothing to map, which is what the
+        background thread sees to, it makes no driver call. It never shortens a sequence.
+
+        Args:
+            lengths: a mapping of sequences to their lengths in tokens; or a contiguous int64 array
+                on the host (NumPy, a torch CPU tensor, ``array.array``) with the length for each
+                slot, up to the last one of interest, 0 for slots to leave alone. The array is the
+                faster form.
+
+        Raises:
+            OutOfPages: the budget does not hold the step; no length has changed.
+            StaleSequence: one of the sequences has been freed, or a slot has none.
+            SequenceTooLong: a length is more than `max_seq_len`.
+            ConfigError: a length is less than before, or `lengths` is neither form.
+            BackendError: the driver refused; no length has changed.
+        """
+        core = self._open()
+        if isinstance(lengths, Mapping):
+            own = []
+            for sequence, tokens in lengths.items():
+                if sequence._kv is not self:
+                    raise ConfigError("lengths has a sequence of another allocator")
+                own.append((sequence.slot, sequence._generation, tokens))
+            core.step_sequences(own, self._stream())
+            return
+        if isinstance(lengths, torch.Tensor):
+            if lengths.device.type != "cpu":
+                raise ConfigError("lengths is read on the host: pass a CPU tensor")
+            lengths = lengths.numpy()
+        if not core.try_step_lengths(lengths):
+            core.step_lengths(lengths, self._stream())
+
+    def stats(self) -> KVStats:
+        """What is reserved, mapped and used now, and what has been done."""
+        figures = self._open().stats()
+        figures["mapped_bytes"] = figures.pop("live_bytes")
+        figures["used_bytes"] = figures["live_tokens"] * self.layout.token_bytes
+        return KVStats(pool=self.pool.stats(), **figures)
+
+    def reclaim(self) -> int:
+        """Gives idle memory back to the driver; see :meth:`Pool.reclaim`."""
+        self._open()
+        return self.pool.reclaim()
+
+    def mappings(self) -> list[tuple[int, int, int, int, int, str]]:
+        """Every mapping, for debugging: slot, region, address, bytes, driver handle, access."""
+        return self._open().mappings()
+
+    def check(self) -> None:
+        """Recomputes everything that must always be true; for tests and debugging.
+
+        Raises:
+            AssertionError: something is not.
+        """
+        self._open().check()
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
+        return self._core is None
+
+    def close(self) -> None:
+        """Ends every sequence and gives the memory back; idempotent.
+
+        Waits for the GPU. Where tensors of :meth:`layer` are still alive, the memory goes back
+        with the last of them, so that they stay safe to read.
+        """
+        if self._core is not None:
+            self._core.close()
+            self._layers.clear()
+            self._core = None
+
+    def __enter__(self) -> KVAllocator:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Its size, or that it is closed."""
+        shape = f"max_sequences={self.max_sequences}, max_seq_len={self.max_seq_len}"
+        return f"KVAllocator({shape}, {'closed' if self.closed else self.device})"
+
+    def _open(self) -> _core.Allocator:
+        if self._core is None:
+            raise VAttentionError("the allocator is closed: make a new one")
+        return self._core
+
+    def _stream(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _tensor(self, core: _core.Allocator, spec: TensorSpec) -> torch.Tensor:
+        dtype = self.layout.dtype
+        capsule = core.to_dlpack(
+            offset_bytes=spec.offset_bytes,
+            shape=list(spec.shape),
+            strides=list(spec.strides),
+            item_bytes=dtype.itemsize,
+        )
+        integers: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
+        assert integers.dtype == _INTEGER_OF_SIZE[dtype.itemsize]
+        return integers.view(dtype)
+
+
+def _guard_pages(layout: KVLayout, slack_tokens: int, page_bytes: int) -> int:
+    """Room behind each slot for the guard: a power of two pages that hold the slack of any row."""
+    if slack_tokens == 0:
+        return 0
+    most = max(-(-slack_tokens * row // page_bytes) + 1 for row in layout.row_bytes)
+    return 1 << (most - 1).bit_length()
