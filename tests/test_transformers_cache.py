@@ -20,7 +20,8 @@ from vattention.integrations.transformers import VAttentionCache  # noqa: E402
 
 PAGE_BYTES = 4096
 WINDOW = 16
-MIN_TRIM_TOKENS = 64
+MIN_TRIM_TOKENS = 64  # what the cache waits for
+TRIM_MARGIN_TOKENS = 16  # what an allocator leaves mapped
 VOCAB = 97
 PAD = 0
 
@@ -67,17 +68,18 @@ CONFIGS = {
         first_k_dense_replace=1,
         **{**SMALL, "num_key_value_heads": 4, "head_dim": 8},
     ),
-    # Its last layers read the keys and values of earlier ones and have no cache of their own.
-    "gemma3n": lambda: transformers.Gemma3nTextConfig(
+    # Its two layer types differ in shape, and its last layers read the keys and values of earlier
+    # ones and have no cache of their own.
+    "gemma4": lambda: transformers.Gemma4TextConfig(
         num_hidden_layers=4,
         num_kv_shared_layers=2,
         sliding_window=WINDOW,
         layer_types=[SLIDING, FULL, SLIDING, FULL],
+        global_head_dim=32,
+        num_global_key_value_heads=1,
         vocab_size_per_layer_input=VOCAB,
         hidden_size_per_layer_input=8,
-        laurel_rank=8,
-        activation_sparsity_pattern=[0.0] * 4,
-        **{**SMALL, "intermediate_size": [48] * 4},
+        **SMALL,
     ),
 }
 NAMES = tuple(CONFIGS)
@@ -401,10 +403,23 @@ def token_bytes(num_layers: int) -> int:
     return num_layers * 2 * 2 * 16 * 4  # keys and values, heads, dim, fp32
 
 
+def page_bytes(device: str) -> int:
+    return PAGE_BYTES if device == "cpu" else 2 << 20
+
+
+def exact_cache(config: Any, device: str, pages: int | None = None, **options: Any) -> Any:
+    """A cache on a pool that rounds nothing up to large extents and maps nothing ahead."""
+    memory = "512MiB" if pages is None else pages * page_bytes(device)
+    host_options = {"page_bytes": PAGE_BYTES} if device == "cpu" else {}
+    pool = va.Pool(memory, device, max_extent=page_bytes(device), background=False, **host_options)
+    return make_cache(config, device, memory=None, pool=pool, **options)
+
+
 def bytes_at_most(rows: int, tokens: int, num_layers: int, device: str) -> int:
-    """The memory of rows of so many tokens, each with a page begun at either end."""
-    page_bytes = PAGE_BYTES if device == "cpu" else 2 << 20
-    return rows * (tokens * token_bytes(num_layers) + 2 * page_bytes)
+    """The memory of rows of so many tokens, and of what a trim leaves for growing again."""
+    begun_pages = 2  # one at either end
+    own_bytes = (tokens + TRIM_MARGIN_TOKENS) * token_bytes(num_layers)
+    return rows * (own_bytes + begun_pages * page_bytes(device))
 
 
 class Watch(transformers.LogitsProcessor):
@@ -421,7 +436,7 @@ class Watch(transformers.LogitsProcessor):
 
 def test_memory_follows_lengths(device):
     model = build("llama", device)
-    with make_cache(model.config, device) as cache:
+    with exact_cache(model.config, device) as cache:
         assert cache.stats().reserved_bytes == 0
         watch = Watch(cache)
         generate(model, prompts(2, 20, device), cache, max_new_tokens=200, logits_processor=[watch])
@@ -437,7 +452,7 @@ def test_memory_follows_lengths(device):
 def test_memory_below_window_is_returned(device, candidates):
     model = build("mistral", device)
     options = {"max_new_tokens": 500, "prompt_lookup_num_tokens": candidates}
-    with make_cache(model.config, device, max_seq_len=2048) as cache:
+    with exact_cache(model.config, device, max_seq_len=2048) as cache:
         watch = Watch(cache)
         generate(model, prompts(1, 20, device), cache, logits_processor=[watch], **options)
         tokens = WINDOW + MIN_TRIM_TOKENS + (candidates or 0)
@@ -451,17 +466,18 @@ def test_memory_below_window_is_returned(device, candidates):
 
 def test_memory_of_unselected_rows_is_returned(device):
     generator = torch.Generator().manual_seed(0)
-    with make_cache(CONFIGS["llama"](), device) as cache:
+    with exact_cache(CONFIGS["llama"](), device) as cache:
         for layer in range(2):
             cache.update(*states(4, 100, device, generator), layer)
         cache.batch_select_indices(torch.tensor([False, False, True, False]))
         assert cache.batch_size == 1
-        assert cache.stats().mapped_bytes <= bytes_at_most(1, 100, 2, device)
+        kept_bytes = bytes_at_most(1, 100, 2, device) + bytes_at_most(3, 0, 2, device)
+        assert cache.stats().mapped_bytes <= kept_bytes
 
 
 def test_memory_of_a_long_prompt_shrinks_to_the_window(device):
     generator = torch.Generator().manual_seed(0)
-    with make_cache(CONFIGS["mistral"](), device) as cache:
+    with exact_cache(CONFIGS["mistral"](), device) as cache:
         for tokens in (400, 1):
             for layer in range(2):
                 keys, _ = cache.update(*states(2, tokens, device, generator), layer)
@@ -471,7 +487,7 @@ def test_memory_of_a_long_prompt_shrinks_to_the_window(device):
 
 def test_hybrid_model_keeps_one_allocator_per_layer_type_on_one_pool(device):
     model = build("gemma3", device)
-    with make_cache(model.config, device) as cache:
+    with exact_cache(model.config, device) as cache:
         generate(model, prompts(2, 20, device), cache, max_new_tokens=300)
         types = cache.stats().layer_types
         assert set(types) == {FULL, SLIDING}
@@ -509,7 +525,7 @@ def test_reset_cache_takes_a_larger_batch(device):
 
 def test_large_crop_returns_memory(device):
     generator = torch.Generator().manual_seed(0)
-    with make_cache(CONFIGS["llama"](), device) as cache:
+    with exact_cache(CONFIGS["llama"](), device) as cache:
         for layer in range(2):
             cache.update(*states(2, 400, device, generator), layer)
         cache.crop(-390)
@@ -544,6 +560,25 @@ def test_dropped_cache_is_freed_at_once():
     assert [each() for each in held] == [None, None]
 
 
+def test_closed_cache_lets_go_of_its_own_pool(monkeypatch):
+    pools = []
+
+    def make_pool(*args: Any, **options: Any) -> va.Pool:
+        pool = va.Pool(*args, **options)
+        pools.append(weakref.ref(pool))
+        return pool
+
+    monkeypatch.setattr("vattention.integrations.transformers.cache.Pool", make_pool)
+    generator = torch.Generator().manual_seed(0)
+    cache = make_cache(CONFIGS["llama"](), "cpu")
+    for layer in range(2):
+        cache.update(*states(2, 5, "cpu", generator), layer)
+    assert len(pools) == 1
+    cache.close()
+    assert pools[0]() is None
+    assert cache.stats().reserved_bytes == 0
+
+
 # Errors
 
 
@@ -560,7 +595,7 @@ def test_sequence_longer_than_max_seq_len_raises_and_changes_nothing(device):
 def test_running_out_of_memory_leaves_no_trace_of_the_forward_pass(before):
     generator = torch.Generator().manual_seed(0)
     # 130 more tokens: up to 19 pages for the two sliding layers, which come first, then 10.
-    with make_cache(CONFIGS["gemma3"](), "cpu", memory=20 * PAGE_BYTES) as cache:
+    with exact_cache(CONFIGS["gemma3"](), "cpu", pages=20) as cache:
 
         def append(tokens: int) -> None:
             for layer in range(3):
@@ -571,6 +606,7 @@ def test_running_out_of_memory_leaves_no_trace_of_the_forward_pass(before):
         held = [layer.keys.clone() for layer in cache.layers if before]
         with pytest.raises(va.OutOfPages):
             append(130)
+        assert cache.batch_size == (1 if before else -1)
         assert [layer.get_seq_length() for layer in cache.layers] == [before] * 3
         for layer, keys in zip(cache.layers, held, strict=bool(before)):
             assert torch.equal(layer.keys, keys)
@@ -581,14 +617,15 @@ def test_running_out_of_memory_leaves_no_trace_of_the_forward_pass(before):
 def test_running_out_of_memory_in_rearrangement_changes_nothing():
     generator = torch.Generator().manual_seed(0)
     # A row takes 13 pages for the sliding layers, which come first, and 7 for the full one.
-    with make_cache(CONFIGS["gemma3"](), "cpu", memory=36 * PAGE_BYTES) as cache:
+    with exact_cache(CONFIGS["gemma3"](), "cpu", pages=36) as cache:
         for layer in range(3):
             cache.update(*states(1, 100, "cpu", generator), layer)
-        mapped = cache.stats().mapped_bytes
+        mapped_bytes = cache.stats().mapped_bytes
         before = [layer.keys.clone() for layer in cache.layers]
         with pytest.raises(va.OutOfPages):
             cache.batch_repeat_interleave(2)
-        assert (cache.batch_size, cache.stats().mapped_bytes) == (1, mapped)
+        assert cache.batch_size == 1
+        assert cache.stats().mapped_bytes <= mapped_bytes + bytes_at_most(1, 0, 3, "cpu")
         for layer, keys in zip(cache.layers, before, strict=True):
             assert torch.equal(layer.keys, keys)
 

@@ -60,6 +60,7 @@ class Allocator:
         pool: Pool,
         regions: list[tuple[int, int, int]],
         reserved_bytes: int,
+        max_extent_bytes: int,
         max_sequences: int,
         max_seq_len: int,
         tail_slack_tokens: int,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vattention import _core
-from vattention.config import check_int
+from vattention.config import check_int, parse_bytes
 from vattention.errors import ConfigError, VAttentionError
 from vattention.layout import KVLayout, TensorSpec
 from vattention.pool import Pool
@@ -40,6 +40,8 @@ class KVAllocator:
             they read as finite. Short sequences share one extent of zeros for it.
         lookahead_tokens: the background thread keeps at least this many tokens mapped ahead of
             each length; also what :meth:`Sequence.trim` leaves mapped for growing again.
+        max_extent: the largest physical allocation of this allocator; by default the pool's. A
+            sliding window wants it small: memory below it goes back in whole extents.
         fence_timeout_s: how long to wait for the GPU when memory that was freed is needed.
         **pool_options: the other arguments of :class:`Pool`.
 
@@ -61,13 +63,16 @@ class KVAllocator:
         pool: Pool | None = None,
         tail_slack_tokens: int = 0,
         lookahead_tokens: int = 16,
+        max_extent: int | str | None = None,
         fence_timeout_s: float = 30.0,
         **pool_options: Any,
     ) -> None:
         """Reserves the addresses; takes no memory yet."""
         if pool is None:
             device = "cuda" if device is None else device
-            pool = Pool(memory, device, page_bytes=page_bytes, **pool_options)
+            pool = Pool(
+                memory, device, page_bytes=page_bytes, max_extent=max_extent, **pool_options
+            )
         elif pool_options or any(given is not None for given in (memory, device, page_bytes)):
             raise ConfigError(
                 "pool already says where the memory is: leave out memory, device, page_bytes "
@@ -94,6 +99,11 @@ class KVAllocator:
                 )
             ),
             reserved_bytes=self._geometry.reserved_bytes,
+            max_extent_bytes=(
+                pool.max_extent_bytes
+                if max_extent is None
+                else parse_bytes(max_extent, name="max_extent")
+            ),
             max_sequences=max_sequences,
             max_seq_len=max_seq_len,
             tail_slack_tokens=slack,

@@ -32,17 +32,17 @@ atexit.register(_stop_background_threads)
 
 
 def _make_backend(device: torch.device, page_bytes: int | None) -> _core.Backend:
-    if device.type == "cpu":
+    kind = str(device.type)
+    if kind == "cpu":
         wanted = HOST_PAGE_BYTES if page_bytes is None else page_bytes
         return _core.host_backend(check_int(wanted, name="page_bytes", minimum=1))
-    if device.type != "cuda":
+    if kind != "cuda":
         raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', not {str(device)!r}")
     if page_bytes is not None:
         raise ConfigError("page_bytes can be set on the host backend only: CUDA's is the driver's")
-    index = device.index
-    if index is None:
-        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return _core.cuda_backend(index)
+    if str(device) == "cuda":  # no index: torch's current device
+        return _core.cuda_backend(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return _core.cuda_backend(device.index)
 
 
 class Pool:
@@ -91,12 +91,12 @@ class Pool:
             backend = _make_backend(self.device, page_bytes)
         else:
             self.device = torch.device("cpu" if backend.name.endswith("host") else device)
-        if self.device.type == "cuda" and self.device.index is None:
+        if self.device != torch.device("cpu"):
             self.device = torch.device("cuda", backend.device_index)
         self._backend = backend
         self.page_bytes: int = backend.page_bytes
         budget = backend.memory_info()[0] if memory is None else parse_bytes(memory, name="memory")
-        extent = (
+        self.max_extent_bytes: int = (
             max(MAX_EXTENT_BYTES, self.page_bytes)
             if max_extent is None
             else parse_bytes(max_extent, name="max_extent")
@@ -106,7 +106,7 @@ class Pool:
             budget_bytes=budget,
             low_bytes=_watermark(low_watermark, "low_watermark"),
             high_bytes=_watermark(high_watermark, "high_watermark"),
-            max_extent_bytes=extent,
+            max_extent_bytes=self.max_extent_bytes,
             zero=zero,
             background=background,
         )

@@ -6,7 +6,8 @@
 // Contract, the same for every backend (the CUDA driver's, where it is the stricter one):
 //   - Sizes and addresses are multiples of page_bytes(). A handle is mapped whole, from its start.
 //   - Mapping over a mapping is refused. Unmapping part of a mapping is refused; unmapping a range
-//     with holes works. Access over a range with a hole is refused. A mapping starts without access.
+//     with holes works. Access over a range with a hole is refused. A mapping starts without
+//     access.
 //   - A handle may be mapped at several places (an alias). Destroying a handle that is still mapped
 //     is allowed: its memory goes back with its last mapping.
 //   - Unreserving a range in which something is mapped is refused.

@@ -22,12 +22,12 @@ Loaded open_driver() {
                  "): install an NVIDIA driver, or use device=\"cpu\" for the host backend";
     return loaded;
   }
-#define VATTENTION_LOAD(member, symbol, parameters)                                     \
-  loaded.driver.member =                                                                \
-      reinterpret_cast<decltype(loaded.driver.member)>(dlsym(library, #symbol));        \
-  if (loaded.driver.member == nullptr) {                                                \
+#define VATTENTION_LOAD(member, symbol, parameters)                                              \
+  loaded.driver.member =                                                                         \
+      reinterpret_cast<decltype(loaded.driver.member)>(dlsym(library, #symbol));                 \
+  if (loaded.driver.member == nullptr) {                                                         \
     loaded.why = "the CUDA driver has no " #symbol ": a driver of CUDA 11.4 or newer is needed"; \
-    return loaded;                                                                      \
+    return loaded;                                                                               \
   }
   VATTENTION_CUDA_SYMBOLS(VATTENTION_LOAD)
 #undef VATTENTION_LOAD

@@ -60,47 +60,46 @@ struct AccessDescriptor {
 };
 
 // X(member, exported symbol, parameters)
-#define VATTENTION_CUDA_SYMBOLS(X)                                                               \
-  X(init, cuInit, (unsigned flags))                                                              \
-  X(driver_version, cuDriverGetVersion, (int* version))                                          \
-  X(error_name, cuGetErrorName, (Result code, const char** text))                                \
-  X(error_string, cuGetErrorString, (Result code, const char** text))                            \
-  X(device_count, cuDeviceGetCount, (int* count))                                                \
-  X(device_get, cuDeviceGet, (Device * device, int ordinal))                                     \
-  X(device_attribute, cuDeviceGetAttribute, (int* value, int attribute, Device device))          \
-  X(primary_retain, cuDevicePrimaryCtxRetain, (Context * context, Device device))                \
-  X(primary_release, cuDevicePrimaryCtxRelease_v2, (Device device))                              \
-  X(context_push, cuCtxPushCurrent_v2, (Context context))                                        \
-  X(context_pop, cuCtxPopCurrent_v2, (Context * context))                                        \
-  X(context_synchronize, cuCtxSynchronize, ())                                                   \
-  X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int* mode))                       \
-  X(granularity, cuMemGetAllocationGranularity,                                                  \
-    (std::size_t * bytes, const AllocationProperties* properties, int option))                   \
-  X(memory_info, cuMemGetInfo_v2, (std::size_t * free, std::size_t* total))                      \
-  X(address_reserve, cuMemAddressReserve,                                                        \
-    (DevicePointer * address, std::size_t bytes, std::size_t alignment, DevicePointer wanted,    \
-     unsigned long long flags))                                                                  \
-  X(address_free, cuMemAddressFree, (DevicePointer address, std::size_t bytes))                  \
-  X(create, cuMemCreate,                                                                         \
-    (AllocationHandle * handle, std::size_t bytes, const AllocationProperties* properties,       \
-     unsigned long long flags))                                                                  \
-  X(release, cuMemRelease, (AllocationHandle handle))                                            \
-  X(map, cuMemMap,                                                                               \
-    (DevicePointer address, std::size_t bytes, std::size_t offset, AllocationHandle handle,      \
-     unsigned long long flags))                                                                  \
-  X(unmap, cuMemUnmap, (DevicePointer address, std::size_t bytes))                               \
-  X(set_access, cuMemSetAccess,                                                                  \
-    (DevicePointer address, std::size_t bytes, const AccessDescriptor* access,                   \
-     std::size_t count))                                                                         \
-  X(memset_async, cuMemsetD8Async,                                                               \
-    (DevicePointer address, unsigned char value, std::size_t bytes, StreamPointer stream))       \
-  X(stream_create, cuStreamCreate, (StreamPointer * stream, unsigned flags))                     \
-  X(stream_destroy, cuStreamDestroy_v2, (StreamPointer stream))                                  \
-  X(stream_synchronize, cuStreamSynchronize, (StreamPointer stream))                             \
-  X(stream_is_capturing, cuStreamIsCapturing, (StreamPointer stream, int* capturing))            \
-  X(event_create, cuEventCreate, (EventPointer * event, unsigned flags))                         \
-  X(event_destroy, cuEventDestroy_v2, (EventPointer event))                                      \
-  X(event_record, cuEventRecord, (EventPointer event, StreamPointer stream))                     \
+#define VATTENTION_CUDA_SYMBOLS(X)                                                                 \
+  X(init, cuInit, (unsigned flags))                                                                \
+  X(driver_version, cuDriverGetVersion, (int* version))                                            \
+  X(error_name, cuGetErrorName, (Result code, const char** text))                                  \
+  X(error_string, cuGetErrorString, (Result code, const char** text))                              \
+  X(device_count, cuDeviceGetCount, (int* count))                                                  \
+  X(device_get, cuDeviceGet, (Device * device, int ordinal))                                       \
+  X(device_attribute, cuDeviceGetAttribute, (int* value, int attribute, Device device))            \
+  X(primary_retain, cuDevicePrimaryCtxRetain, (Context * context, Device device))                  \
+  X(primary_release, cuDevicePrimaryCtxRelease_v2, (Device device))                                \
+  X(context_push, cuCtxPushCurrent_v2, (Context context))                                          \
+  X(context_pop, cuCtxPopCurrent_v2, (Context * context))                                          \
+  X(context_synchronize, cuCtxSynchronize, ())                                                     \
+  X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int* mode))                         \
+  X(granularity, cuMemGetAllocationGranularity,                                                    \
+    (std::size_t* bytes, const AllocationProperties* properties, int option))                      \
+  X(memory_info, cuMemGetInfo_v2, (std::size_t* free, std::size_t* total))                         \
+  X(address_reserve, cuMemAddressReserve,                                                          \
+    (DevicePointer * address, std::size_t bytes, std::size_t alignment, DevicePointer wanted,      \
+     unsigned long long flags))                                                                    \
+  X(address_free, cuMemAddressFree, (DevicePointer address, std::size_t bytes))                    \
+  X(create, cuMemCreate,                                                                           \
+    (AllocationHandle * handle, std::size_t bytes, const AllocationProperties* properties,         \
+     unsigned long long flags))                                                                    \
+  X(release, cuMemRelease, (AllocationHandle handle))                                              \
+  X(map, cuMemMap,                                                                                 \
+    (DevicePointer address, std::size_t bytes, std::size_t offset, AllocationHandle handle,        \
+     unsigned long long flags))                                                                    \
+  X(unmap, cuMemUnmap, (DevicePointer address, std::size_t bytes))                                 \
+  X(set_access, cuMemSetAccess,                                                                    \
+    (DevicePointer address, std::size_t bytes, const AccessDescriptor* access, std::size_t count)) \
+  X(memset_async, cuMemsetD8Async,                                                                 \
+    (DevicePointer address, unsigned char value, std::size_t bytes, StreamPointer stream))         \
+  X(stream_create, cuStreamCreate, (StreamPointer * stream, unsigned flags))                       \
+  X(stream_destroy, cuStreamDestroy_v2, (StreamPointer stream))                                    \
+  X(stream_synchronize, cuStreamSynchronize, (StreamPointer stream))                               \
+  X(stream_is_capturing, cuStreamIsCapturing, (StreamPointer stream, int* capturing))              \
+  X(event_create, cuEventCreate, (EventPointer * event, unsigned flags))                           \
+  X(event_destroy, cuEventDestroy_v2, (EventPointer event))                                        \
+  X(event_record, cuEventRecord, (EventPointer event, StreamPointer stream))                       \
   X(event_query, cuEventQuery, (EventPointer event))
 
 // The functions of libcuda. Immutable once loaded; never unloaded.

@@ -13,11 +13,11 @@
 #include <set>
 #include <string>
 
-#include "backend/backend.h"
+#include "backend/wrapped.h"
 
 namespace vattention {
 
-class FaultyBackend final : public Backend {
+class FaultyBackend final : public WrappedBackend {
  public:
   static constexpr int kInjected = 999;  // the code of a failure made here
 
@@ -41,38 +41,19 @@ class FaultyBackend final : public Backend {
   [[nodiscard]] bool wait_blocked(const std::string& call, std::chrono::milliseconds timeout);
 
   [[nodiscard]] const char* name() const noexcept override { return name_.c_str(); }
-  [[nodiscard]] std::size_t page_bytes() const noexcept override { return inner_->page_bytes(); }
-  [[nodiscard]] DeviceId device() const noexcept override { return inner_->device(); }
-  [[nodiscard]] std::size_t max_mappings() const noexcept override {
-    return inner_->max_mappings();
-  }
-  [[nodiscard]] bool fresh_memory_is_zero() const noexcept override {
-    return inner_->fresh_memory_is_zero();
-  }
   [[nodiscard]] std::string describe(int code) const override;
 
-  Status memory_info(std::size_t* free_bytes, std::size_t* total_bytes) noexcept override;
-  Status reserve(std::size_t bytes, Address* address) noexcept override;
-  Status unreserve(Address address, std::size_t bytes) noexcept override;
-  Status create(std::size_t bytes, Handle* handle) noexcept override;
-  Status destroy(Handle handle) noexcept override;
-  Status map(Address address, std::size_t bytes, Handle handle) noexcept override;
-  Status unmap(Address address, std::size_t bytes) noexcept override;
-  Status set_access(Address address, std::size_t bytes, Access access) noexcept override;
-  Status zero(Address address, std::size_t bytes, Stream stream) noexcept override;
-  Status create_stream(Stream* stream) noexcept override;
   Status synchronize(Stream stream) noexcept override;
   Status synchronize_device() noexcept override;
-  Status create_fence(Fence* fence) noexcept override;
   Status destroy_fence(Fence fence) noexcept override;
   Status record(Fence fence, Stream stream) noexcept override;
   Status query(Fence fence, bool* passed) noexcept override;
 
  private:
   // Counts the call, waits at its gate, and says whether it is to fail.
-  Status enter(const char* call) noexcept;
+  Status before(const char* call) noexcept override;
+  void after(const char*, const Status&, std::chrono::nanoseconds) noexcept override {}
 
-  const std::shared_ptr<Backend> inner_;
   const std::string name_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;

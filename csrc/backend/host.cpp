@@ -40,17 +40,28 @@ enum Refusal : int {
 
 const char* refusal_text(int code) {
   switch (code) {
-    case kMisaligned: return "the address or size is zero or not whole pages";
-    case kUnknownHandle: return "there is no such handle";
-    case kWrongSize: return "a handle is mapped whole, and the size is not the handle's";
-    case kNotReserved: return "the range is not within one reservation";
-    case kAlreadyMapped: return "something is mapped there already";
-    case kPartOfMapping: return "the range ends within a mapping, which is undone or changed whole";
-    case kHole: return "nothing is mapped in part of the range";
-    case kStillMapped: return "something is still mapped in the reservation";
-    case kUnknownFence: return "there is no such fence";
-    case kNotWritable: return "the range is not mapped for writing";
-    default: return nullptr;
+    case kMisaligned:
+      return "the address or size is zero or not whole pages";
+    case kUnknownHandle:
+      return "there is no such handle";
+    case kWrongSize:
+      return "a handle is mapped whole, and the size is not the handle's";
+    case kNotReserved:
+      return "the range is not within one reservation";
+    case kAlreadyMapped:
+      return "something is mapped there already";
+    case kPartOfMapping:
+      return "the range ends within a mapping, which is undone or changed whole";
+    case kHole:
+      return "nothing is mapped in part of the range";
+    case kStillMapped:
+      return "something is still mapped in the reservation";
+    case kUnknownFence:
+      return "there is no such fence";
+    case kNotWritable:
+      return "the range is not mapped for writing";
+    default:
+      return nullptr;
   }
 }
 
@@ -86,7 +97,8 @@ class HostBackend final : public Backend {
 
   [[nodiscard]] std::string describe(int code) const override {
     if (const char* text = refusal_text(code)) return "REFUSED: " + std::string(text);
-    std::string text = std::generic_category().message(code) + " (errno " + std::to_string(code) + ")";
+    std::string text =
+        std::generic_category().message(code) + " (errno " + std::to_string(code) + ")";
     if (code == ENOMEM) text += "; see vm.max_map_count if memory is left";
     return text;
   }
@@ -183,9 +195,9 @@ class HostBackend final : public Backend {
     } catch (const std::bad_alloc&) {
       return {Status::Kind::out_of_memory, ENOMEM, "map"};
     }
-    void* const place = mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE,
-                             MAP_SHARED | MAP_FIXED, file_,
-                             static_cast<off_t>(extent->second.offset));
+    void* const place =
+        mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_,
+             static_cast<off_t>(extent->second.offset));
     if (place == MAP_FAILED) {
       const int code = errno;
       mappings_.erase(address);

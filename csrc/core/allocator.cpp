@@ -18,7 +18,10 @@ constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
 }  // namespace
 
 Allocator::Allocator(std::shared_ptr<Pool> pool, AllocatorConfig config)
-    : pool_(std::move(pool)), config_(std::move(config)), page_bytes_(pool_->page_bytes()) {
+    : pool_(std::move(pool)),
+      config_(std::move(config)),
+      page_bytes_(pool_->page_bytes()),
+      max_order_(pool_->order_of(config_.max_extent_bytes)) {
   if (config_.regions.empty() || config_.max_sequences == 0 || config_.max_seq_len <= 0) {
     throw ConfigError("an allocator needs a region, a sequence and a token at least");
   }
@@ -52,14 +55,19 @@ void Allocator::require_open() const {
   if (closed_) throw Error("the allocator is closed: make a new one");
 }
 
-bool Allocator::alive(SequenceId id) const noexcept {
+bool Allocator::alive(SequenceId id) const {
+  const Lock lock = pool_->lock();
+  return !closed_ && is_live(id);
+}
+
+bool Allocator::is_live(SequenceId id) const noexcept {
   return id.slot < slots_.size() && slots_[id.slot].state == SlotState::live &&
          slots_[id.slot].generation == id.generation;
 }
 
 Allocator::Slot& Allocator::require_live(SequenceId id) {
   require_open();
-  if (!alive(id)) {
+  if (!is_live(id)) {
     throw StaleSequence("the sequence in slot " + std::to_string(id.slot) +
                         " has been freed: allocate a new one");
   }
@@ -84,7 +92,8 @@ void Allocator::wait_idle(Lock& lock, std::uint32_t slot) {
 // ---- arithmetic ----
 
 std::size_t Allocator::pages_for(std::uint32_t region, std::int64_t tokens) const noexcept {
-  const auto kept = static_cast<std::size_t>(std::clamp<std::int64_t>(tokens, 0, config_.max_seq_len));
+  const auto kept =
+      static_cast<std::size_t>(std::clamp<std::int64_t>(tokens, 0, config_.max_seq_len));
   return (kept * config_.regions[region].row_bytes + page_bytes_ - 1) / page_bytes_;
 }
 
@@ -118,7 +127,7 @@ std::int64_t Allocator::mapped_tokens(const Slot& slot) const noexcept {
 // Recomputes up to which length the slot's sequence needs no work.
 void Allocator::refresh(std::uint32_t index) noexcept {
   const Slot& slot = slots_[index];
-  if (slot.state != SlotState::live) {
+  if (slot.state != SlotState::live || closed_) {
     ready_[index] = 0;
     soft_[index] = kNever;
     return;
@@ -129,9 +138,11 @@ void Allocator::refresh(std::uint32_t index) noexcept {
     const std::size_t clean = std::min(run.end, run.clean_end);
     ready = std::min(ready, tokens_in(r, clean));
     if (config_.tail_slack_tokens == 0) continue;
-    const std::size_t cover = run.guarded && clean == run.end ? run.end + config_.guard_pages : clean;
+    const std::size_t cover =
+        run.guarded && clean == run.end ? run.end + config_.guard_pages : clean;
     if (cover < pages_for(r, config_.max_seq_len)) {
-      const auto rows = static_cast<std::int64_t>(cover * page_bytes_ / config_.regions[r].row_bytes);
+      const auto rows =
+          static_cast<std::int64_t>(cover * page_bytes_ / config_.regions[r].row_bytes);
       ready = std::min(ready, std::max<std::int64_t>(0, rows - config_.tail_slack_tokens));
     }
   }
@@ -197,7 +208,8 @@ std::int64_t Allocator::pick_slot(std::int64_t tokens) {
   std::size_t needed_pages = 0;
   for (std::uint32_t r = 0; r < config_.regions.size(); ++r) needed_pages += pages_for(r, tokens);
   // A page a region of slack, so that rounding alone never rules a slot out.
-  const bool wasteful = fits_pages > 2 * needed_pages + config_.regions.size();
+  // Of a sequence that is still empty nobody knows what it will need.
+  const bool wasteful = tokens > 0 && fits_pages > 2 * needed_pages + config_.regions.size();
   if (fits >= 0 && !wasteful) return fits;
   if (smaller >= 0) return smaller;
   return empty >= 0 ? empty : fits;
@@ -306,9 +318,9 @@ bool Allocator::try_step(const std::int64_t* lengths, std::size_t count) noexcep
   std::int64_t ahead = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const std::int64_t wanted = lengths[i];
-    refused |= static_cast<std::int64_t>(wanted > ready_[i]) |
-               (static_cast<std::int64_t>(wanted < lengths_[i]) &
-                static_cast<std::int64_t>(wanted > 0));
+    refused |=
+        static_cast<std::int64_t>(wanted > ready_[i]) |
+        (static_cast<std::int64_t>(wanted < lengths_[i]) & static_cast<std::int64_t>(wanted > 0));
     ahead |= static_cast<std::int64_t>(wanted > soft_[i]);
   }
   if (refused != 0) return false;
@@ -360,7 +372,7 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
   }
   bool ahead = false;
   for (const auto& [id, tokens] : lengths) {
-    if (!alive(id)) continue;  // freed by another thread while the driver worked
+    if (!is_live(id)) continue;  // freed by another thread while the driver worked
     lengths_[id.slot] = std::max(lengths_[id.slot], tokens);
     ahead = ahead || tokens > soft_[id.slot];
   }
@@ -397,7 +409,8 @@ void Allocator::trim(SequenceId id, std::int64_t tokens, Stream stream) {
   }
   const std::int64_t before = std::exchange(lengths_[id.slot], tokens);
   const auto kept = [&](std::uint32_t r) {
-    return slot.runs[r].first_above(surplus_from(id.slot, r, config_.lookahead_tokens));
+    const std::int64_t margin = tokens == 0 ? 0 : config_.lookahead_tokens;
+    return slot.runs[r].first_above(surplus_from(id.slot, r, margin));
   };
   std::vector<std::uint32_t> cut;
   for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
@@ -434,8 +447,8 @@ void Allocator::trim_front(SequenceId id, std::int64_t first_token, Stream strea
   }
   if (first_token <= slot.first_token) return;
   const auto gone_below = [&](std::uint32_t r) {
-    const std::size_t page = static_cast<std::size_t>(first_token) * config_.regions[r].row_bytes /
-                             page_bytes_;
+    const std::size_t page =
+        static_cast<std::size_t>(first_token) * config_.regions[r].row_bytes / page_bytes_;
     return slot.runs[r].count_below(page);
   };
   std::vector<std::uint32_t> cut;
@@ -466,6 +479,7 @@ void Allocator::free(SequenceId id, Stream stream) {
     slot.fence = record_fence(stream);
     slot.fence_pending = true;
     slot.state = SlotState::cached;
+    (void)quiescent(slot);  // an idle stream has passed the fence already
   } else {
     slot.state = SlotState::empty;
   }
@@ -480,7 +494,7 @@ void Allocator::free(SequenceId id, Stream stream) {
 std::int64_t Allocator::length(SequenceId id) const {
   const Lock lock = pool_->lock();
   require_open();
-  if (!alive(id)) {
+  if (!is_live(id)) {
     throw StaleSequence("the sequence in slot " + std::to_string(id.slot) + " has been freed");
   }
   return lengths_[id.slot];
@@ -570,7 +584,8 @@ std::vector<MappingInfo> Allocator::mappings() const {
     for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
       const Run& run = slots_[s].runs[r];
       for (const Mapping& m : run.mappings) add(s, r, m.page, *m.extent, Access::read_write);
-      for (std::size_t page = 0; run.guarded && page < config_.guard_pages; page += guard_->pages()) {
+      for (std::size_t page = 0; run.guarded && page < config_.guard_pages;
+           page += guard_->pages()) {
         add(s, r, run.end + page, *guard_, Access::read);
       }
     }

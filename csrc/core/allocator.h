@@ -34,6 +34,7 @@ struct RegionConfig {
 struct AllocatorConfig {
   std::vector<RegionConfig> regions;
   std::size_t reserved_bytes = 0;
+  std::size_t max_extent_bytes = 0;
   std::uint32_t max_sequences = 0;
   std::int64_t max_seq_len = 0;
   std::int64_t tail_slack_tokens = 0;
@@ -111,7 +112,7 @@ class Allocator {
   void free(SequenceId id, Stream stream);
 
   [[nodiscard]] std::int64_t length(SequenceId id) const;
-  [[nodiscard]] bool alive(SequenceId id) const noexcept;
+  [[nodiscard]] bool alive(SequenceId id) const;
   [[nodiscard]] AllocatorStats stats() const;
   [[nodiscard]] std::vector<MappingInfo> mappings() const;
   // Throws std::logic_error where something that must always be true is not.
@@ -200,6 +201,7 @@ class Allocator {
 
   [[nodiscard]] Backend& backend() const noexcept { return pool_->backend(); }
   void require_open() const;
+  [[nodiscard]] bool is_live(SequenceId id) const noexcept;
   [[nodiscard]] Slot& require_live(SequenceId id);
   void require_length(std::int64_t tokens) const;
   void wait_idle(Lock& lock, std::uint32_t slot);
@@ -260,6 +262,7 @@ class Allocator {
   const std::shared_ptr<Pool> pool_;
   const AllocatorConfig config_;
   const std::size_t page_bytes_;
+  const std::uint8_t max_order_;
   Address base_ = 0;
   bool closed_ = false;
   std::size_t users_ = 0;  // those working on this object without the lock

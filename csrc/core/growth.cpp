@@ -24,8 +24,8 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   const Slot& slot = slots_[target.slot];
   const Run& run = slot.runs[region];
   const std::int64_t slack = config_.tail_slack_tokens;
-  const std::size_t low = static_cast<std::size_t>(slot.first_token) *
-                          config_.regions[region].row_bytes / page_bytes_;
+  const std::size_t low =
+      static_cast<std::size_t>(slot.first_token) * config_.regions[region].row_bytes / page_bytes_;
   const std::size_t capacity = pages_for(region, config_.max_seq_len);
   // Own memory behind the tokens; and memory or a guard behind the slack.
   const std::size_t owned = pages_for(region, target.tokens);
@@ -39,11 +39,11 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
     back_to = std::max(end, owned);
     if (generosity != Generosity::exact) {
       // Slack is real memory as far as that does not cost more than the tokens themselves.
-      back_to = std::max(back_to,
-                         pages_for(region, std::min(2 * target.tokens, target.tokens + slack)));
-      if (end > front && end > 0 && end / kGrowthShare > 0) {
-        back_to = std::max(back_to, end + (std::size_t{1} << order_within(
-                                              std::max<std::size_t>(1, end / kGrowthShare))));
+      back_to =
+          std::max(back_to, pages_for(region, std::min(2 * target.tokens, target.tokens + slack)));
+      if (run.pages() / kGrowthShare > 0) {
+        back_to =
+            std::max(back_to, end + (std::size_t{1} << order_within(run.pages() / kGrowthShare)));
       }
       back_to = std::min(back_to, capacity);
     }
@@ -59,7 +59,7 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   const auto count_pieces = [&](std::size_t pages) {
     std::size_t pieces = 0;
     while (pages > 0) {
-      const std::uint8_t order = std::min(pool_->max_order(), order_within(pages));
+      const std::uint8_t order = std::min(max_order_, order_within(pages));
       growth.orders.push_back(order);
       pages -= std::size_t{1} << order;
       ++pieces;
@@ -71,8 +71,8 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   change.back_pieces = count_pieces(back_to - end);
   if (front_pages == 0 && back_to == end && change.clean_to == clean && !change.add_guard) return;
   growth.bytes += (front_pages + back_to - end) * page_bytes_;
-  growth.mappings += change.front_pieces + change.back_pieces +
-                     (change.add_guard ? guard_count() : 0);
+  growth.mappings +=
+      change.front_pieces + change.back_pieces + (change.add_guard ? guard_count() : 0);
   growth.removes_guard = growth.removes_guard || change.remove_guard;
   growth.changes.push_back(change);
 }
@@ -119,8 +119,8 @@ Work Allocator::prepare(Growth& growth, Stream stream) {
   for (const Change& change : growth.changes) {
     const auto guards = [&](std::vector<Work::Piece>& pieces, std::size_t from) {
       for (std::size_t page = 0; page < config_.guard_pages; page += guard_->pages()) {
-        pieces.push_back({page_address(change.slot, change.region, from + page), guard_, false, true,
-                          Access::read});
+        pieces.push_back({page_address(change.slot, change.region, from + page), guard_, false,
+                          true, Access::read});
       }
     };
     if (change.remove_guard) guards(work.displaced, change.back_from);
@@ -244,9 +244,12 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
       continue;
     }
     if (!pool_->has_mappings(growth.mappings)) {
-      throw BackendFailure("the " + std::string(backend().name()) + " backend holds about as many "
-                           "mappings as it can (" + std::to_string(backend().max_mappings()) +
-                           "): use larger extents, or fewer sequences", "map", 0);
+      throw BackendFailure("the " + std::string(backend().name()) +
+                               " backend holds about as many "
+                               "mappings as it can (" +
+                               std::to_string(backend().max_mappings()) +
+                               "): use larger extents, or fewer sequences",
+                           "map", 0);
     }
     if (growth.removes_guard && readers) {
       wait_for_readers(lock, growth, stream);
@@ -301,7 +304,8 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     if (targets.size() == kAheadBatch) break;
     const Slot& slot = slots_[i];
-    if (slot.state != SlotState::live || slot.busy || slot.pinned || !slot.retired.empty()) continue;
+    if (slot.state != SlotState::live || slot.busy || slot.pinned || !slot.retired.empty())
+      continue;
     if (lengths_[i] <= soft_[i] || lengths_[i] == 0) continue;
     targets.push_back({i, std::min(lengths_[i] + config_.lookahead_tokens, config_.max_seq_len)});
   }
@@ -324,7 +328,7 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
 // The guard: one extent of zeros, read-only, aliased behind every sequence that needs it.
 void Allocator::make_guard() {
   Lock lock = pool_->lock();
-  const std::uint8_t order = std::min(pool_->max_order(), order_within(config_.guard_pages));
+  const std::uint8_t order = std::min(max_order_, order_within(config_.guard_pages));
   const std::size_t bytes = (std::size_t{1} << order) * page_bytes_;
   if (bytes > pool_->available_bytes()) throw_out_of_pages(bytes, "no room for the guard");
   Work work;

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "backend/traced.h"
 #include "core/allocator.h"
 #include "core/mapper.h"
 #include "core/trace.h"
@@ -12,20 +13,20 @@
 namespace vattention {
 namespace {
 
-std::uint8_t largest_order(const Backend& backend, const PoolConfig& config) {
-  const std::size_t page = backend.page_bytes();
-  if (config.max_extent_bytes < page || !std::has_single_bit(config.max_extent_bytes / page) ||
-      config.max_extent_bytes % page != 0) {
+std::uint8_t checked_order(std::size_t page_bytes, std::size_t extent_bytes) {
+  const std::size_t pages = extent_bytes / page_bytes;
+  if (extent_bytes % page_bytes != 0 || !std::has_single_bit(pages) ||
+      order_within(pages) >= kOrders) {
     throw ConfigError("max_extent must be a power of two times the page size (" +
-                      human_bytes(page) + "), not " + human_bytes(config.max_extent_bytes));
+                      human_bytes(page_bytes) + "), not " + human_bytes(extent_bytes));
   }
-  return order_within(config.max_extent_bytes / page);
+  return order_within(pages);
 }
 
 }  // namespace
 
 std::shared_ptr<Pool> Pool::create(std::shared_ptr<Backend> backend, const PoolConfig& config) {
-  std::shared_ptr<Pool> pool(new Pool(std::move(backend), config));
+  std::shared_ptr<Pool> pool(new Pool(traced_if_asked(std::move(backend)), config));
   if (config.background) pool->mapper_ = std::make_unique<Mapper>(*pool);
   return pool;
 }
@@ -33,7 +34,7 @@ std::shared_ptr<Pool> Pool::create(std::shared_ptr<Backend> backend, const PoolC
 Pool::Pool(std::shared_ptr<Backend> backend, const PoolConfig& config)
     : backend_(std::move(backend)),
       page_bytes_(backend_->page_bytes()),
-      max_order_(largest_order(*backend_, config)),
+      max_order_(checked_order(page_bytes_, config.max_extent_bytes)),
       config_(config) {
   if (config.budget_bytes < page_bytes_) {
     throw ConfigError("the budget of " + human_bytes(config.budget_bytes) +
@@ -61,6 +62,14 @@ void Pool::wake_mapper() noexcept {
 }
 
 // ---- extents ----
+
+std::uint8_t Pool::order_of(std::size_t extent_bytes) const {
+  const std::uint8_t order = checked_order(page_bytes_, extent_bytes);
+  if (order > max_order_) {
+    throw ConfigError("max_extent " + human_bytes(extent_bytes) + " is more than the pool's");
+  }
+  return order;
+}
 
 Extent* Pool::new_extent(std::uint8_t order) {
   if (spare_records_.empty()) {
@@ -121,6 +130,7 @@ void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
     work.pieces.push_back(piece);
   }
   exchange(work);
+  peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
 }
 
 // Where what is to be created goes over the budget, free extents of other sizes make room for it.
@@ -181,7 +191,6 @@ void Pool::settle(const Work& work, bool built) {
     if (built) release(piece.extent);
   }
   counters_.unmaps += work.unmapped;
-  peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
 }
 
 bool Pool::has_mappings(std::size_t more) const noexcept {
@@ -225,15 +234,19 @@ std::size_t Pool::reclaimable_bytes() const {
 
 bool Pool::has_retired() const noexcept {
   return std::any_of(allocators_.begin(), allocators_.end(),
-                     [](const Allocator* a) { return a->retired_entries_ > 0; });
+                     [](const Allocator* a) { return a->retired_entries_ > 0 && !a->closed_; });
+}
+
+void Pool::require(const Status& status) const {
+  if (!status.ok()) throw_status(*backend_, status);
 }
 
 // ---- giving up ----
 
 // Runs planned unmappings without the lock, with their slots busy, and books those that were done.
-void Pool::unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
-                 bool synchronize) {
-  if (unmappings.empty()) return;
+Status Pool::unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
+                   bool synchronize) {
+  if (unmappings.empty()) return {};
   const auto mark = [&](bool busy) {
     for (const Unmapping& u : unmappings) {
       u.owner->slots_[u.slot].busy = busy;
@@ -255,15 +268,15 @@ void Pool::unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmapping
   settle(work, status.ok());
   mark(false);
   announce();
-  if (!status.ok()) throw_status(*backend_, status);
+  return status;
 }
 
 bool Pool::collect(Lock& lock) {
   Work work;
   std::vector<Unmapping> unmappings;
   for (Allocator* allocator : allocators_) allocator->plan_retired(work, unmappings);
-  unmap(lock, work, unmappings, false);
-  return !unmappings.empty();
+  (void)unmap(lock, work, unmappings, false);
+  return work.unmapped > 0;
 }
 
 std::size_t Pool::evict(Lock& lock, std::size_t bytes) {
@@ -274,7 +287,7 @@ std::size_t Pool::evict(Lock& lock, std::size_t bytes) {
     if (planned >= bytes) break;
     planned += allocator->plan_eviction(work, unmappings, bytes - planned);
   }
-  unmap(lock, work, unmappings, false);
+  require(unmap(lock, work, unmappings, false));
   return planned;
 }
 
@@ -283,7 +296,7 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
   if (!waiting_allowed) return false;
   for (std::size_t i = 0; i < allocators_.size(); ++i) {
     Allocator* allocator = allocators_[i];
-    if (!allocator->any_fence_pending()) continue;
+    if (allocator->closed_ || !allocator->any_fence_pending()) continue;
     ++allocator->users_;
     const bool passed = allocator->wait_for_a_fence(lock);
     --allocator->users_;
@@ -297,7 +310,7 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
     if (planned >= bytes) break;
     planned += allocator->plan_surplus(work, unmappings, bytes - planned);
   }
-  unmap(lock, work, unmappings, true);
+  require(unmap(lock, work, unmappings, true));
   return planned > 0;
 }
 
@@ -323,7 +336,7 @@ std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {
   end_work();
   settle(work, status.ok());
   announce();
-  if (!status.ok()) throw_status(*backend_, status);
+  require(status);
   return gone;
 }
 
@@ -340,7 +353,8 @@ std::size_t Pool::reclaim() {
   for (std::size_t i = 0; i < allocators_.size(); ++i) {
     Allocator* allocator = allocators_[i];
     ++allocator->users_;
-    while (allocator->any_fence_pending() && allocator->wait_for_a_fence(guard)) {
+    while (!allocator->closed_ && allocator->any_fence_pending() &&
+           allocator->wait_for_a_fence(guard)) {
       gone += give_back_idle(guard);
     }
     --allocator->users_;
@@ -351,7 +365,7 @@ std::size_t Pool::reclaim() {
 }
 
 void Pool::keep_watermarks(Lock& lock) {
-  if (config_.high_bytes == SIZE_MAX && config_.low_bytes == 0) return;
+  if (config_.high_bytes >= config_.budget_bytes && config_.low_bytes == 0) return;
   if (mapper_ != nullptr) {
     mapper_->wake();
   } else {
@@ -360,16 +374,22 @@ void Pool::keep_watermarks(Lock& lock) {
 }
 
 // Idle memory is what is free and what freed slots still hold; above the high watermark it goes.
-void Pool::lower(Lock& lock) {
+// What the driver refuses to take stays, and is tried again at the next occasion.
+void Pool::lower(Lock& lock) noexcept {
+  if (config_.high_bytes >= config_.budget_bytes) return;
   const auto idle = [&] {
     std::size_t total = free_bytes_;
     for (const Allocator* allocator : allocators_) total += allocator->cached_bytes();
     return total;
   };
-  while (idle() > config_.high_bytes) {
-    const std::size_t excess = idle() - config_.high_bytes;
-    const std::size_t keep = free_bytes_ > excess ? free_bytes_ - excess : 0;
-    if (shrink(lock, keep) == 0 && evict(lock, excess) == 0) return;
+  try {
+    while (idle() > config_.high_bytes) {
+      const std::size_t excess = idle() - config_.high_bytes;
+      const std::size_t keep = free_bytes_ > excess ? free_bytes_ - excess : 0;
+      if (shrink(lock, keep) == 0 && evict(lock, excess) == 0) return;
+    }
+  } catch (const std::exception& error) {
+    trace(1, "idle memory was not given back:", error.what());
   }
 }
 
@@ -382,6 +402,7 @@ bool Pool::refill(Lock& lock) {
     held_bytes_ += page_bytes_;
   }
   if (work.creates.empty()) return false;
+  peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
   begin_work();
   lock.unlock();
   const Status status = work.run(*backend_);
@@ -426,12 +447,10 @@ void Pool::set_budget(std::size_t budget) {
     const std::size_t excess = held_bytes_ - budget;
     const std::size_t reclaimable = reclaimable_bytes();
     if (excess > free_bytes_ + reclaimable && working_ == 0) {
-      throw OutOfPages("the budget cannot be lowered to " + human_bytes(budget) +
-                           ": live sequences hold " +
-                           human_bytes(held_bytes_ - free_bytes_ - reclaimable) +
-                           ". Free or trim some first",
-                       held_bytes_ - free_bytes_ - reclaimable, free_bytes_, reclaimable,
-                       config_.budget_bytes);
+      throw OutOfPages(
+          "the budget cannot be lowered to " + human_bytes(budget) + ": live sequences hold " +
+              human_bytes(held_bytes_ - free_bytes_ - reclaimable) + ". Free or trim some first",
+          held_bytes_ - free_bytes_ - reclaimable, free_bytes_, reclaimable, config_.budget_bytes);
     }
     if (shrink(guard, free_bytes_ > excess ? free_bytes_ - excess : 0) > 0) continue;
     // A free extent that is larger than the excess goes too.
@@ -441,8 +460,8 @@ void Pool::set_budget(std::size_t budget) {
       wait_for_change(guard);
       continue;
     }
-    throw OutOfPages("the budget cannot be lowered yet: the GPU did not finish in time",
-                     excess, free_bytes_, reclaimable, config_.budget_bytes);
+    throw OutOfPages("the budget cannot be lowered yet: the GPU did not finish in time", excess,
+                     free_bytes_, reclaimable, config_.budget_bytes);
   }
   config_.budget_bytes = budget;
   announce();

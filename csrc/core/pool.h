@@ -42,14 +42,14 @@ struct PoolConfig {
 
 struct PoolStats {
   std::size_t budget_bytes = 0;
-  std::size_t held_bytes = 0;         // physical memory created at the driver
+  std::size_t held_bytes = 0;  // physical memory created at the driver
   std::size_t peak_held_bytes = 0;
-  std::size_t free_bytes = 0;         // created, and behind nothing
-  std::size_t mappings = 0;           // at the driver, aliases included
-  std::uint64_t creates = 0;          // extents, ever
+  std::size_t free_bytes = 0;  // created, and behind nothing
+  std::size_t mappings = 0;    // at the driver, aliases included
+  std::uint64_t creates = 0;   // extents, ever
   std::uint64_t destroys = 0;
-  std::uint64_t maps = 0;             // mappings, ever
-  std::uint64_t unmaps = 0;           // unmap calls, ever
+  std::uint64_t maps = 0;    // mappings, ever
+  std::uint64_t unmaps = 0;  // unmap calls, ever
 };
 
 class Pool : public std::enable_shared_from_this<Pool> {
@@ -83,7 +83,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   [[nodiscard]] Backend& backend() const noexcept { return *backend_; }
   [[nodiscard]] std::size_t page_bytes() const noexcept { return page_bytes_; }
   [[nodiscard]] const PoolConfig& config() const noexcept { return config_; }
-  [[nodiscard]] std::uint8_t max_order() const noexcept { return max_order_; }
+  // The order of extents of that size, which is at most the pool's largest. Throws ConfigError.
+  [[nodiscard]] std::uint8_t order_of(std::size_t extent_bytes) const;
 
   // Bytes that could be mapped without unmapping anything first.
   [[nodiscard]] std::size_t available_bytes() const noexcept {
@@ -120,7 +121,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // there was nothing to give up.
   bool reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed);
   // Unmaps what is retired and whose fences have passed; drops the lock meanwhile. Returns whether
-  // there was anything.
+  // it came forward: what the driver refuses stays retired, and is tried again.
   bool collect(Lock& lock);
   // Gives idle memory above the high watermark back to the driver; drops the lock meanwhile.
   // Where there is a background thread, that does it.
@@ -154,12 +155,14 @@ class Pool : public std::enable_shared_from_this<Pool> {
   void drop_extent(Extent* extent) noexcept;
   void put_free(Extent* extent);
   void exchange(Work& work);
+  void require(const Status& status) const;
   bool refill(Lock& lock);
-  void lower(Lock& lock);
+  void lower(Lock& lock) noexcept;
   bool background_pass(Lock& lock, Stream stream);
   [[nodiscard]] bool has_retired() const noexcept;
   std::size_t evict(Lock& lock, std::size_t bytes);
-  void unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings, bool synchronize);
+  [[nodiscard]] Status unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
+                             bool synchronize);
   void check_locked() const;
 
   const std::shared_ptr<Backend> backend_;

@@ -21,6 +21,7 @@ void Allocator::unmap_later(Work& work, std::vector<Unmapping>& unmappings, std:
 // Freed slots whose fences have passed, longest freed first. Returns the bytes it plans to free.
 std::size_t Allocator::plan_eviction(Work& work, std::vector<Unmapping>& unmappings,
                                      std::size_t bytes) {
+  if (closed_) return 0;  // its tensors may be read as long as they live
   std::vector<std::uint32_t> victims;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     if (slots_[i].state == SlotState::cached && usable(slots_[i])) victims.push_back(i);
@@ -40,7 +41,7 @@ std::size_t Allocator::plan_eviction(Work& work, std::vector<Unmapping>& unmappi
 }
 
 void Allocator::plan_retired(Work& work, std::vector<Unmapping>& unmappings) {
-  if (retired_entries_ == 0) return;
+  if (retired_entries_ == 0 || closed_) return;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     if (slots_[i].busy || slots_[i].pinned) continue;
     for (const Retired& retired : slots_[i].retired) {
@@ -61,6 +62,7 @@ void Allocator::plan_retired(Work& work, std::vector<Unmapping>& unmappings) {
 // are unmapped: they may still be cleared, or be what a trim has left to running kernels.
 std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappings,
                                     std::size_t bytes) {
+  if (closed_) return 0;
   std::size_t planned = 0;
   for (std::uint32_t i = 0; i < slots_.size() && planned < bytes; ++i) {
     const Slot& slot = slots_[i];
@@ -79,9 +81,8 @@ std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappin
 void Allocator::finish_unmapping(const Unmapping& unmapping) {
   Slot& slot = slots_[unmapping.slot];
   if (unmapping.retired != 0) {
-    const auto entry =
-        std::find_if(slot.retired.begin(), slot.retired.end(),
-                     [&](const Retired& r) { return r.fence == unmapping.retired; });
+    const auto entry = std::find_if(slot.retired.begin(), slot.retired.end(),
+                                    [&](const Retired& r) { return r.fence == unmapping.retired; });
     const auto cut = std::find_if(entry->cuts.begin(), entry->cuts.end(),
                                   [&](const Cut& c) { return c.region == unmapping.region; });
     for (const Mapping& mapping : cut->mappings) pool_->release(mapping.extent);
@@ -109,6 +110,7 @@ void Allocator::finish_unmapping(const Unmapping& unmapping) {
 }
 
 std::size_t Allocator::cached_bytes() const {
+  if (closed_) return 0;
   std::size_t pages = 0;
   for (const Slot& slot : slots_) {
     if (slot.state == SlotState::cached && !slot.busy) pages += mapped_pages(slot);
@@ -117,6 +119,7 @@ std::size_t Allocator::cached_bytes() const {
 }
 
 std::size_t Allocator::reclaimable_bytes() const {
+  if (closed_) return 0;
   std::size_t bytes = cached_bytes();
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
@@ -142,15 +145,15 @@ std::size_t Allocator::reclaimable_bytes() const {
 void Allocator::tear_down() noexcept {
   try {
     bool anything = guard_ != nullptr;
-    for (const Slot& slot : slots_) anything = anything || mapped_pages(slot) > 0 || !slot.retired.empty();
+    for (const Slot& slot : slots_)
+      anything = anything || mapped_pages(slot) > 0 || !slot.retired.empty();
     const bool quiet = !anything || backend().synchronize_device().ok();
     bool whole = quiet;
     const auto unmap = [&](std::uint32_t slot, std::uint32_t region, std::size_t from,
                            std::size_t to) {
-      const bool done = quiet && backend()
-                                     .unmap(page_address(slot, region, from),
-                                            (to - from) * page_bytes_)
-                                     .ok();
+      const bool done =
+          quiet &&
+          backend().unmap(page_address(slot, region, from), (to - from) * page_bytes_).ok();
       whole = whole && done;
       return done;
     };
@@ -170,8 +173,8 @@ void Allocator::tear_down() noexcept {
       for (const Retired& retired : slot.retired) {
         for (const Cut& cut : retired.cuts) {
           const Mapping& last = cut.mappings.back();
-          const bool done = unmap(s, cut.region, cut.mappings.front().page,
-                                  last.page + last.extent->pages());
+          const bool done =
+              unmap(s, cut.region, cut.mappings.front().page, last.page + last.extent->pages());
           for (const Mapping& m : cut.mappings) pool_->forget(m.extent, done);
         }
         pool_->return_fence(retired.fence);

@@ -36,7 +36,8 @@ struct Run {
   // How many mappings lie wholly below the page.
   [[nodiscard]] std::size_t count_below(std::size_t page) const noexcept {
     std::size_t count = 0;
-    while (count < mappings.size() && mappings[count].page + mappings[count].extent->pages() <= page) {
+    while (count < mappings.size() &&
+           mappings[count].page + mappings[count].extent->pages() <= page) {
       ++count;
     }
     return count;

@@ -13,8 +13,6 @@ int debug_level() noexcept {
   return level;
 }
 
-void trace_line(const std::string& line) {
-  std::fprintf(stderr, "vattention: %s\n", line.c_str());
-}
+void trace_line(const std::string& line) { std::fprintf(stderr, "vattention: %s\n", line.c_str()); }
 
 }  // namespace vattention

@@ -54,7 +54,8 @@ Status Work::run(Backend& backend) {
   stuck.reserve(pieces.size());  // so that undoing cannot run out of memory
   for (; unmapped < unmaps.size(); ++unmapped) {
     const Range& range = unmaps[unmapped];
-    if (const Status status = backend.unmap(range.address, range.bytes); !status.ok()) return status;
+    if (const Status status = backend.unmap(range.address, range.bytes); !status.ok())
+      return status;
   }
   for (; destroyed < destroys.size(); ++destroyed) {
     if (const Status status = backend.destroy(destroys[destroyed]->handle); !status.ok()) {

@@ -33,14 +33,14 @@ struct Work {
   std::vector<Extent*> creates;  // to be created and left unmapped
   std::vector<Piece> displaced;  // mapped now where `pieces` will be; put back on failure
   std::vector<Piece> pieces;     // neighbours in memory stand next to each other
-  std::vector<Range> zeros;   // mapped ranges to clear, after mapping
-  Stream stream = 0;          // what clears is enqueued here
-  bool wait = false;          // whether run() returns only when clearing is done
+  std::vector<Range> zeros;      // mapped ranges to clear, after mapping
+  Stream stream = 0;             // what clears is enqueued here
+  bool wait = false;             // whether run() returns only when clearing is done
 
   // Outcome.
-  std::size_t unmapped = 0;   // how many of `unmaps` were done
-  std::size_t destroyed = 0;  // how many of `destroys` were done
-  std::vector<Piece> stuck;   // pieces that could be neither used nor unmapped again
+  std::size_t unmapped = 0;     // how many of `unmaps` were done
+  std::size_t destroyed = 0;    // how many of `destroys` were done
+  std::vector<Piece> stuck;     // pieces that could be neither used nor unmapped again
   bool displaced_lost = false;  // after a failure: what was displaced could not be put back
 
   Status run(Backend& backend);

@@ -113,23 +113,31 @@ py::list mapping_list(const Allocator& allocator) {
 
 void bind_allocator(py::module_& module) {
   py::class_<Allocator, std::shared_ptr<Allocator>>(module, "Allocator")
-      .def(py::init([](std::shared_ptr<Pool> pool,
-                       const std::vector<std::tuple<std::size_t, std::size_t, std::size_t>>& regions,
-                       std::size_t reserved_bytes, std::uint32_t max_sequences,
-                       std::int64_t max_seq_len, std::int64_t tail_slack_tokens,
-                       std::size_t guard_pages, std::int64_t lookahead_tokens,
-                       std::int64_t fence_timeout_ms) {
-             AllocatorConfig config{{},          reserved_bytes,    max_sequences,
-                                    max_seq_len, tail_slack_tokens, guard_pages,
-                                    lookahead_tokens, fence_timeout_ms};
-             for (const auto& [offset, stride, row] : regions) {
-               config.regions.push_back({offset, stride, row});
-             }
-             return std::make_shared<Allocator>(std::move(pool), std::move(config));
-           }),
-           py::kw_only(), py::arg("pool"), py::arg("regions"), py::arg("reserved_bytes"),
-           py::arg("max_sequences"), py::arg("max_seq_len"), py::arg("tail_slack_tokens"),
-           py::arg("guard_pages"), py::arg("lookahead_tokens"), py::arg("fence_timeout_ms"))
+      .def(
+          py::init([](std::shared_ptr<Pool> pool,
+                      const std::vector<std::tuple<std::size_t, std::size_t, std::size_t>>& regions,
+                      std::size_t reserved_bytes, std::size_t max_extent_bytes,
+                      std::uint32_t max_sequences, std::int64_t max_seq_len,
+                      std::int64_t tail_slack_tokens, std::size_t guard_pages,
+                      std::int64_t lookahead_tokens, std::int64_t fence_timeout_ms) {
+            AllocatorConfig config;
+            config.reserved_bytes = reserved_bytes;
+            config.max_extent_bytes = max_extent_bytes;
+            config.max_sequences = max_sequences;
+            config.max_seq_len = max_seq_len;
+            config.tail_slack_tokens = tail_slack_tokens;
+            config.guard_pages = guard_pages;
+            config.lookahead_tokens = lookahead_tokens;
+            config.fence_timeout_ms = fence_timeout_ms;
+            for (const auto& [offset, stride, row] : regions) {
+              config.regions.push_back({offset, stride, row});
+            }
+            return std::make_shared<Allocator>(std::move(pool), std::move(config));
+          }),
+          py::kw_only(), py::arg("pool"), py::arg("regions"), py::arg("reserved_bytes"),
+          py::arg("max_extent_bytes"), py::arg("max_sequences"), py::arg("max_seq_len"),
+          py::arg("tail_slack_tokens"), py::arg("guard_pages"), py::arg("lookahead_tokens"),
+          py::arg("fence_timeout_ms"))
       .def(
           "allocate",
           [](Allocator& allocator, std::uint32_t count, std::int64_t tokens, Stream stream) {
@@ -171,16 +179,14 @@ void bind_allocator(py::module_& module) {
       .def(
           "trim",
           [](Allocator& allocator, std::uint32_t slot, std::uint64_t generation,
-             std::int64_t tokens, Stream stream) {
-            allocator.trim({slot, generation}, tokens, stream);
-          },
+             std::int64_t tokens,
+             Stream stream) { allocator.trim({slot, generation}, tokens, stream); },
           py::arg("slot"), py::arg("generation"), py::arg("tokens"), py::arg("stream"), NoGil())
       .def(
           "trim_front",
           [](Allocator& allocator, std::uint32_t slot, std::uint64_t generation,
-             std::int64_t first_token, Stream stream) {
-            allocator.trim_front({slot, generation}, first_token, stream);
-          },
+             std::int64_t first_token,
+             Stream stream) { allocator.trim_front({slot, generation}, first_token, stream); },
           py::arg("slot"), py::arg("generation"), py::arg("first_token"), py::arg("stream"),
           NoGil())
       .def(

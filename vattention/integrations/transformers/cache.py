@@ -80,11 +80,17 @@ class _Memory:
         self._memory = memory
         self._page_bytes = page_bytes
         self._pool = pool
+        self._is_own = pool is None
 
     def pool_for(self, device: torch.device) -> Pool:
         if self._pool is None:
             self._pool = Pool(memory=self._memory, device=str(device), page_bytes=self._page_bytes)
         return self._pool
+
+    def close(self) -> None:
+        """Let go of the cache's own pool, which would keep memory for a next use."""
+        if self._is_own:
+            self._pool = None
 
 
 class _Shape(NamedTuple):
@@ -258,9 +264,9 @@ class _LayerGroup:
         if self.window is not None:
             needed = self.window_start(self._settled if self.recording else min(self.lengths))
             if needed - self.released >= max(_MIN_TRIM_TOKENS, self.window // 4):
+                self.released = needed
                 for row in rows:
                     row.trim_front(needed)
-                self.released = needed
         self._kv.step(dict.fromkeys(rows, stop))
         self.mapped = stop
 
@@ -305,15 +311,14 @@ class _LayerGroup:
         self._settled = length
         self._alike.clamp_(max=length)
         if length == 0:
-            # Not trimmed to nothing: a row that was trimmed at its front cannot be.
-            for row in self._rows:
-                row.free()
-            self._rows = []
+            rows, self._rows = self._rows, []
             self.batch = self.mapped = self.released = 0
+            for row in rows:  # not trimmed: a row that was trimmed at its front cannot be, to 0
+                row.free()
         elif self.mapped - length >= _MIN_TRIM_TOKENS:
+            self.mapped = length
             for row in self._rows[: self.batch]:
                 row.trim(length)
-            self.mapped = length
 
     def trim_idle_rows(self) -> None:
         """Give back the memory of the rows that are not in the batch."""
@@ -383,7 +388,7 @@ class _LayerGroup:
         kv, self._kv = self._kv, None
         self.lengths = [0] * len(self.lengths)
         self.batch = self.mapped = self.released = self._settled = 0
-        self.keys, self.values, self._rows = [], [], []
+        self.keys, self.values, self._rows, self._shape = [], [], [], None
         if kv is not None:
             kv.close()
 
@@ -537,7 +542,7 @@ class VAttentionCache(Cache):
                     f"VAttentionCache cannot hold {layer_type} layers, which {config.model_type} "
                     f"has; it holds {', '.join(_IS_WINDOWED)}"
                 )
-        shared = _Memory(memory, page_bytes, pool)
+        self._memory = _Memory(memory, page_bytes, pool)
         self._groups = {
             layer_type: _LayerGroup(
                 layer_type,
@@ -546,7 +551,7 @@ class VAttentionCache(Cache):
                 max_batch_size=max_batch_size,
                 max_seq_len=max_seq_len,
                 order=order,
-                memory=shared,
+                memory=self._memory,
             )
             for layer_type in dict.fromkeys(layer_types)
         }
@@ -560,7 +565,7 @@ class VAttentionCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows in use, or -1 while the cache is empty."""
-        return max(group.batch for group in self._groups.values()) or -1
+        return max(group.batch if group.mapped else -1 for group in self._groups.values())
 
     def update(
         self,
@@ -671,6 +676,7 @@ class VAttentionCache(Cache):
         """Give back memory and addresses; collecting the cache does the same. Twice is harmless."""
         for group in self._groups.values():
             group.close()
+        self._memory.close()
 
     def __enter__(self) -> VAttentionCache:
         return self

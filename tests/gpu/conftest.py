@@ -1,0 +1,47 @@
+"""Fixtures of the tests that need a GPU."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_gpu_idle() -> Iterator[None]:
+    """What one test leaves running, or keeps alive, is not the next one's business."""
+    yield
+    gc.collect()
+    torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="session")
+def spin() -> Callable[[float], None]:
+    """Keeps the current stream busy for that many milliseconds, without using memory."""
+    torch.cuda._sleep(300_000_000)  # until the clocks are up
+    torch.cuda.synchronize()
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    cycles = 50_000_000
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    cycles_per_ms = cycles / start.elapsed_time(end)
+    return lambda ms: torch.cuda._sleep(int(cycles_per_ms * ms))
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """Waits for a condition, and fails where it does not come true."""
+
+    def wait(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"still not true after {timeout_s} s"
+            time.sleep(0.001)
+
+    return wait
