@@ -22,7 +22,8 @@
 #     under `dev` as far as the target uses it.
 #
 # pip's own settings apply. PIP_EXTRA_INDEX_URL, for one, can name an index of CPU-only builds of
-# torch, which are smaller than the default ones by gigabytes. PYTEST_ARGS is passed to pytest.
+# torch, which are smaller than the default ones by gigabytes. PYTEST_ARGS is passed to pytest,
+# BENCH_ARGS to `python -m bench`.
 # WERROR=OFF is for a compiler that warns where the ones in use here do not.
 
 PYTHON ?= python3
@@ -30,6 +31,7 @@ VENV ?= .venv
 WERROR ?= ON
 MODEL ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_RETRIES ?= 10
 
@@ -70,7 +72,7 @@ test-gpu: $(INSTALLED)
 	$(PY) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
-	$(PY) -m bench
+	$(PY) -m bench $(BENCH_ARGS)
 
 check: $(DEPS)
 	$(PY) -m ruff format --check .

@@ -176,7 +176,7 @@ class Excerpts:
         """About `num_bytes` of a file not taken before (while there are such), in whole lines."""
         if not self._unused:
             self._unused = self._random.sample(self._files, len(self._files))
-        start = self._unused.pop().read_bytes()[:num_bytes]
+        start = self._unused.pop().read_bytes().lstrip()[:num_bytes]
         end = start.rfind(b"\n") + 1
         return start[: end or num_bytes].decode(errors="ignore")
 
@@ -190,7 +190,10 @@ def prompt_lengths(count: int, longest: int) -> list[int]:
 def make_prompts(subject: Subject, excerpts: Excerpts, count: int, room: int) -> list[list[int]]:
     """Token ids of `count` prompts from short to long, none longer than `room` tokens."""
     lengths = prompt_lengths(count, LONGEST_PROMPT)
-    return [subject.text.encode(excerpts.take(length))[:room] for length in lengths]
+    prompts = [subject.text.encode(excerpts.take(length))[:room] for length in lengths]
+    if not all(prompts):
+        raise UsageError(f"the tokenizer of {subject.name} makes no tokens of Python source")
+    return prompts
 
 
 def make_requests(
@@ -458,8 +461,12 @@ def finish(recorder: Recorder) -> None:
 
 
 def print_text(subject: Subject, service: Service) -> None:
-    """A few lines of the longest answer, after the end of its prompt."""
-    index = max(range(len(service.answers)), key=lambda i: len(service.answers[i]))
+    """A few lines of the answer that repeats itself least, after the end of its prompt."""
+
+    def variety(index: int) -> int:
+        return len(set(subject.text.decode(service.answers[index]).splitlines()))
+
+    index = max(range(len(service.answers)), key=variety)
     prompt = subject.text.decode(service.requests[index].prompt).splitlines()[-2:]
     answer = subject.text.decode(service.answers[index]).splitlines()[:6]
     print("One of the texts (> prompt, | generated):\n")

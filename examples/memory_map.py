@@ -160,10 +160,10 @@ def _draw_totals(axis: Any, moments: Sequence[Moment], figures: Figures) -> None
         figures.preallocated / MIB, color=PREALLOCATED, linestyle=(0, (4, 2)), linewidth=1.5,
         label="preallocated: every lane's longest",
     )  # fmt: skip
-    axis.set_ylim(0, 1.06 * max(figures.preallocated / MIB, *padded))
+    axis.set_ylim(0, 1.45 * max(figures.preallocated / MIB, *padded))  # the legend is on top
     axis.set_ylabel("physical memory, MiB", color=INK)
     axis.legend(
-        loc="upper left", bbox_to_anchor=(0.0, 0.965), ncol=2, fontsize=9, framealpha=0.92,
+        loc="upper left", bbox_to_anchor=(0.0, 1.0), ncol=2, fontsize=9, framealpha=0.92,
         edgecolor="none", labelcolor=INK,
     )  # fmt: skip
     _tidy(axis)

@@ -274,8 +274,11 @@ class KVAllocator:
 
 
 def _guard_pages(layout: KVLayout, slack_tokens: int, page_bytes: int) -> int:
-    """Room behind each slot for the guard: a power of two pages that hold the slack of any row."""
+    """Room behind each slot for the guard: a power of two pages that hold the slack of any row.
+
+    The guard begins where a page ends, at or behind the last token, so it need not be longer.
+    """
     if slack_tokens == 0:
         return 0
-    most = max(-(-slack_tokens * row // page_bytes) + 1 for row in layout.row_bytes)
+    most = max(-(-slack_tokens * row // page_bytes) for row in layout.row_bytes)
     return 1 << (most - 1).bit_length()

@@ -44,6 +44,7 @@ Allocator::Allocator(std::shared_ptr<Pool> pool, AllocatorConfig config)
 }
 
 Allocator::~Allocator() {
+  if (pool_->inherited()) return;
   {
     Lock lock = pool_->lock();
     pool_->detach(this, lock);
@@ -311,6 +312,7 @@ std::vector<SequenceId> Allocator::allocate(std::uint32_t count, std::int64_t to
 // ---- steps ----
 
 bool Allocator::try_step(const std::int64_t* lengths, std::size_t count) noexcept {
+  if (pool_->inherited()) return false;  // step says why
   const Lock lock = pool_->lock();
   if (count > slots_.size()) return false;
   // Branch-free, so that the compiler makes vector code of both passes.
@@ -383,6 +385,13 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
 
 // ---- giving up ----
 
+// An idle stream has passed the fence already; what a busy one has not is left to the mapper.
+void Allocator::collect_retired(Lock& lock) {
+  (void)pool_->collect(lock);
+  if (retired_entries_ > 0) pool_->wake_mapper();
+  audit();
+}
+
 Fence Allocator::record_fence(Stream stream) {
   const Fence fence = pool_->borrow_fence();
   if (const Status status = backend().record(fence, stream); !status.ok()) {
@@ -432,8 +441,7 @@ void Allocator::trim(SequenceId id, std::int64_t tokens, Stream stream) {
   }
   refresh(id.slot);
   trace(1, "trim", id.slot, tokens);
-  (void)pool_->collect(lock);
-  audit();
+  collect_retired(lock);
 }
 
 void Allocator::trim_front(SequenceId id, std::int64_t first_token, Stream stream) {
@@ -466,8 +474,7 @@ void Allocator::trim_front(SequenceId id, std::int64_t first_token, Stream strea
   slot.first_token = first_token;
   refresh(id.slot);
   trace(1, "trim_front", id.slot, first_token);
-  (void)pool_->collect(lock);
-  audit();
+  collect_retired(lock);
 }
 
 void Allocator::free(SequenceId id, Stream stream) {

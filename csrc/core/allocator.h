@@ -127,7 +127,6 @@ class Allocator {
 
  private:
   friend class Pool;
-  friend class Mapper;
 
   enum class SlotState : std::uint8_t {
     empty,   // nothing mapped
@@ -252,6 +251,7 @@ class Allocator {
     ++retired_entries_;
   }
   [[nodiscard]] Fence record_fence(Stream stream);
+  void collect_retired(Lock& lock);
   [[nodiscard]] std::size_t reclaimable_bytes() const;
   [[nodiscard]] std::size_t cached_bytes() const;
   // Adds to *owners how many mappings refer to each extent.

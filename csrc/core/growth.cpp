@@ -126,6 +126,7 @@ Work Allocator::prepare(Growth& growth, Stream stream) {
     if (change.remove_guard) guards(work.displaced, change.back_from);
     if (change.add_guard) guards(work.pieces, change.back_to);
   }
+  work.stuck.reserve(work.pieces.size());
   return work;
 }
 
@@ -262,7 +263,9 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     // The device has less than the budget: what is idle here may help, once.
     if (driver_was_full || pool_->give_back_idle(lock) == 0) {
       throw_out_of_pages(growth.bytes, "the device itself is full (" + std::string(status.call) +
-                                           ": " + backend().describe(status.code) + ")");
+                                           ": " + backend().describe(status.code) +
+                                           "), of which torch may hold some for later "
+                                           "(torch.cuda.empty_cache())");
     }
     driver_was_full = true;
   }
@@ -311,7 +314,13 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
   }
   Growth growth = plan(targets, Generosity::ahead);
   if (growth.changes.empty()) return false;
-  if (growth.bytes > pool_->available_bytes() || !pool_->has_mappings(growth.mappings)) {
+  if (growth.bytes > pool_->available_bytes()) {
+    // What freed sequences left behind makes room, so that no step has to wait for that either.
+    if (pool_->reclaim_some(lock, growth.bytes - pool_->available_bytes(), false)) return true;
+    ++counters_.ahead_failures;
+    return false;
+  }
+  if (!pool_->has_mappings(growth.mappings)) {
     ++counters_.ahead_failures;
     return false;
   }

@@ -3,7 +3,6 @@
 #include <chrono>
 #include <exception>
 
-#include "core/allocator.h"
 #include "core/pool.h"
 #include "core/trace.h"
 
@@ -45,7 +44,7 @@ void Mapper::loop() {
   Pool::Lock lock = pool_.lock();
   while (!stop_) {
     if (!work_) {
-      if (pool_.has_retired()) {
+      if (pool_.waits_for_fences()) {
         wake_.wait_for(lock, kFencePoll);
       } else {
         wake_.wait(lock, [this] { return work_ || stop_; });

@@ -25,8 +25,31 @@ std::uint8_t checked_order(std::size_t page_bytes, std::size_t extent_bytes) {
 
 }  // namespace
 
+// Keeps an allocator from going away while somebody works on it and has dropped the lock between.
+class Pool::Use {
+ public:
+  Use(Pool& pool, Allocator& allocator) : pool_(pool), allocator_(allocator) {
+    ++allocator_.users_;
+  }
+  ~Use() {
+    --allocator_.users_;
+    pool_.announce();
+  }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+ private:
+  Pool& pool_;
+  Allocator& allocator_;
+};
+
 std::shared_ptr<Pool> Pool::create(std::shared_ptr<Backend> backend, const PoolConfig& config) {
-  std::shared_ptr<Pool> pool(new Pool(traced_if_asked(std::move(backend)), config));
+  // In a forked child a pool is left as it is: destroying it would wait for a thread that is not
+  // there, and undo mappings of memory that the parent uses.
+  const auto destroy = [](Pool* pool) {
+    if (!pool->inherited()) std::default_delete<Pool>()(pool);
+  };
+  std::shared_ptr<Pool> pool(new Pool(traced_if_asked(std::move(backend)), config), destroy);
   if (config.background) pool->mapper_ = std::make_unique<Mapper>(*pool);
   return pool;
 }
@@ -54,7 +77,13 @@ Pool::~Pool() {
 }
 
 void Pool::stop() noexcept {
-  if (mapper_ != nullptr) mapper_->stop();
+  if (mapper_ != nullptr && !inherited()) mapper_->stop();
+}
+
+void Pool::throw_inherited() {
+  throw Error(
+      "this pool was made before the process forked and belongs to the parent: make a new one in "
+      "the child, or start it with multiprocessing's 'spawn'");
 }
 
 void Pool::wake_mapper() noexcept {
@@ -130,6 +159,7 @@ void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
     work.pieces.push_back(piece);
   }
   exchange(work);
+  work.stuck.reserve(work.pieces.size());
   peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
 }
 
@@ -232,9 +262,12 @@ std::size_t Pool::reclaimable_bytes() const {
   return total;
 }
 
-bool Pool::has_retired() const noexcept {
-  return std::any_of(allocators_.begin(), allocators_.end(),
-                     [](const Allocator* a) { return a->retired_entries_ > 0 && !a->closed_; });
+// Whether there is something for the background thread to do as soon as a fence has passed.
+bool Pool::waits_for_fences() const noexcept {
+  const bool lowers = config_.high_bytes < config_.budget_bytes;
+  return std::any_of(allocators_.begin(), allocators_.end(), [&](const Allocator* a) {
+    return !a->closed_ && (a->retired_entries_ > 0 || (lowers && a->any_fence_pending()));
+  });
 }
 
 void Pool::require(const Status& status) const {
@@ -271,6 +304,17 @@ Status Pool::unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappi
   return status;
 }
 
+Status Pool::run(Lock& lock, Work& work) {
+  begin_work();
+  lock.unlock();
+  const Status status = work.run(*backend_);
+  lock.lock();
+  end_work();
+  settle(work, status.ok());
+  announce();
+  return status;
+}
+
 bool Pool::collect(Lock& lock) {
   Work work;
   std::vector<Unmapping> unmappings;
@@ -297,11 +341,8 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
   for (std::size_t i = 0; i < allocators_.size(); ++i) {
     Allocator* allocator = allocators_[i];
     if (allocator->closed_ || !allocator->any_fence_pending()) continue;
-    ++allocator->users_;
-    const bool passed = allocator->wait_for_a_fence(lock);
-    --allocator->users_;
-    announce();
-    if (passed) return true;
+    const Use use(*this, *allocator);
+    if (allocator->wait_for_a_fence(lock)) return true;
   }
   Work work;
   std::vector<Unmapping> unmappings;
@@ -317,26 +358,26 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
 std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {
   Work work;
   std::size_t gone = 0;
+  const auto destroy_one = [&](std::vector<Extent*>& list) {
+    Extent* extent = list.back();
+    list.pop_back();
+    free_bytes_ -= bytes(*extent);
+    held_bytes_ -= bytes(*extent);
+    gone += bytes(*extent);
+    work.destroys.push_back(extent);
+  };
   for (std::size_t order = kOrders; order-- > 0;) {
-    std::vector<Extent*>& list = free_[order];
-    while (!list.empty() && free_bytes_ >= keep_bytes + bytes(*list.back())) {
-      Extent* extent = list.back();
-      list.pop_back();
-      free_bytes_ -= bytes(*extent);
-      held_bytes_ -= bytes(*extent);
-      gone += bytes(*extent);
-      work.destroys.push_back(extent);
+    while (!free_[order].empty() && free_bytes_ >= keep_bytes + bytes(*free_[order].back())) {
+      destroy_one(free_[order]);
     }
   }
+  // What is left of the excess is less than the smallest extent that is left, which goes too.
+  if (free_bytes_ > keep_bytes) {
+    destroy_one(*std::find_if(free_.begin(), free_.end(),
+                              [](const std::vector<Extent*>& list) { return !list.empty(); }));
+  }
   if (work.destroys.empty()) return 0;
-  begin_work();
-  lock.unlock();
-  const Status status = work.run(*backend_);
-  lock.lock();
-  end_work();
-  settle(work, status.ok());
-  announce();
-  require(status);
+  require(run(lock, work));
   return gone;
 }
 
@@ -352,13 +393,11 @@ std::size_t Pool::reclaim() {
   std::size_t gone = give_back_idle(guard);
   for (std::size_t i = 0; i < allocators_.size(); ++i) {
     Allocator* allocator = allocators_[i];
-    ++allocator->users_;
+    const Use use(*this, *allocator);
     while (!allocator->closed_ && allocator->any_fence_pending() &&
            allocator->wait_for_a_fence(guard)) {
       gone += give_back_idle(guard);
     }
-    --allocator->users_;
-    announce();
   }
   audit();
   return gone;
@@ -403,14 +442,7 @@ bool Pool::refill(Lock& lock) {
   }
   if (work.creates.empty()) return false;
   peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
-  begin_work();
-  lock.unlock();
-  const Status status = work.run(*backend_);
-  lock.lock();
-  end_work();
-  settle(work, status.ok());
-  announce();
-  return status.ok();
+  return run(lock, work).ok();
 }
 
 // One round of the background thread; returns whether there may be more to do at once.
@@ -418,16 +450,8 @@ bool Pool::background_pass(Lock& lock, Stream stream) {
   bool more = false;
   for (std::size_t i = 0; i < allocators_.size(); ++i) {
     Allocator* allocator = allocators_[i];
-    ++allocator->users_;
-    try {
-      more = allocator->map_ahead(lock, stream) || more;
-    } catch (...) {
-      --allocator->users_;
-      announce();
-      throw;
-    }
-    --allocator->users_;
-    announce();
+    const Use use(*this, *allocator);
+    more = allocator->map_ahead(lock, stream) || more;
   }
   (void)collect(lock);
   lower(lock);
@@ -453,8 +477,6 @@ void Pool::set_budget(std::size_t budget) {
           held_bytes_ - free_bytes_ - reclaimable, free_bytes_, reclaimable, config_.budget_bytes);
     }
     if (shrink(guard, free_bytes_ > excess ? free_bytes_ - excess : 0) > 0) continue;
-    // A free extent that is larger than the excess goes too.
-    if (free_bytes_ > 0 && shrink(guard, 0) > 0) continue;
     if (reclaim_some(guard, excess, true)) continue;
     if (working_ > 0) {
       wait_for_change(guard);

@@ -22,6 +22,7 @@
 #include "backend/backend.h"
 #include "core/errors.h"
 #include "core/extent.h"
+#include "core/process.h"
 #include "core/work.h"
 
 namespace vattention {
@@ -52,7 +53,7 @@ struct PoolStats {
   std::uint64_t unmaps = 0;  // unmap calls, ever
 };
 
-class Pool : public std::enable_shared_from_this<Pool> {
+class Pool {
  public:
   using Lock = std::unique_lock<std::mutex>;
 
@@ -79,7 +80,14 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   // ---- for Allocator and Mapper, all with the lock held ----
 
-  [[nodiscard]] Lock lock() const { return Lock(mutex_); }
+  // Throws Error in a child of the process that made the pool.
+  [[nodiscard]] Lock lock() const {
+    if (inherited()) throw_inherited();
+    return Lock(mutex_);
+  }
+  // Whether this is a forked child of that process: nothing here may be touched then, not even to
+  // destroy it.
+  [[nodiscard]] bool inherited() const noexcept { return fork_count() != made_at_fork_; }
   [[nodiscard]] Backend& backend() const noexcept { return *backend_; }
   [[nodiscard]] std::size_t page_bytes() const noexcept { return page_bytes_; }
   [[nodiscard]] const PoolConfig& config() const noexcept { return config_; }
@@ -126,8 +134,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // Gives idle memory above the high watermark back to the driver; drops the lock meanwhile.
   // Where there is a background thread, that does it.
   void keep_watermarks(Lock& lock);
-  // Destroys free extents until at most keep_bytes are free; drops the lock meanwhile. Returns the
-  // bytes given back. Throws BackendFailure.
+  // Destroys free extents until at most keep_bytes are free, and no more of them than that takes;
+  // drops the lock meanwhile. Returns the bytes given back. Throws BackendFailure.
   std::size_t shrink(Lock& lock, std::size_t keep_bytes);
   // Evicts what can be without waiting, and shrinks to nothing. Returns the bytes given back.
   std::size_t give_back_idle(Lock& lock);
@@ -146,7 +154,9 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
  private:
   friend class Mapper;
+  class Use;
   Pool(std::shared_ptr<Backend> backend, const PoolConfig& config);
+  [[noreturn]] static void throw_inherited();
 
   [[nodiscard]] std::size_t bytes(const Extent& extent) const noexcept {
     return extent.pages() * page_bytes_;
@@ -156,15 +166,18 @@ class Pool : public std::enable_shared_from_this<Pool> {
   void put_free(Extent* extent);
   void exchange(Work& work);
   void require(const Status& status) const;
+  // Does work that touches no slot, without the lock, and books it.
+  [[nodiscard]] Status run(Lock& lock, Work& work);
   bool refill(Lock& lock);
   void lower(Lock& lock) noexcept;
   bool background_pass(Lock& lock, Stream stream);
-  [[nodiscard]] bool has_retired() const noexcept;
+  [[nodiscard]] bool waits_for_fences() const noexcept;
   std::size_t evict(Lock& lock, std::size_t bytes);
   [[nodiscard]] Status unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
                              bool synchronize);
   void check_locked() const;
 
+  const std::uint64_t made_at_fork_ = fork_count();
   const std::shared_ptr<Backend> backend_;
   const std::size_t page_bytes_;
   const std::uint8_t max_order_;

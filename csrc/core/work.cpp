@@ -50,8 +50,7 @@ void append_range(std::vector<Work::Range>& ranges, Address address, std::size_t
   }
 }
 
-Status Work::run(Backend& backend) {
-  stuck.reserve(pieces.size());  // so that undoing cannot run out of memory
+Status Work::run(Backend& backend) noexcept {
   for (; unmapped < unmaps.size(); ++unmapped) {
     const Range& range = unmaps[unmapped];
     if (const Status status = backend.unmap(range.address, range.bytes); !status.ok())

@@ -43,7 +43,8 @@ struct Work {
   std::vector<Piece> stuck;     // pieces that could be neither used nor unmapped again
   bool displaced_lost = false;  // after a failure: what was displaced could not be put back
 
-  Status run(Backend& backend);
+  // Requires: room in `stuck` for every piece.
+  Status run(Backend& backend) noexcept;
 
  private:
   // How far building came, so that undoing knows what there is to undo.
