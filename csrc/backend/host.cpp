@@ -4,11 +4,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <bit>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <set>
@@ -23,6 +25,7 @@ namespace {
 constexpr std::int32_t kDlCpu = 1;
 // Used where the kernel does not say; it is its default.
 constexpr std::size_t kDefaultMaxMappings = 65'530;
+constexpr auto kMaxFileBytes = static_cast<std::size_t>(std::numeric_limits<off_t>::max());
 
 // Why a call is refused. Apart from errno's values, which are passed on as they are.
 enum Refusal : int {
@@ -65,7 +68,10 @@ const char* refusal_text(int code) {
   }
 }
 
-Status refuse(int code, const char* call) noexcept { return {Status::Kind::failed, code, call}; }
+Status refuse(int code, const char* call) noexcept {
+  const bool full = code == ENOMEM || code == ENOSPC || code == EFBIG;
+  return {full ? Status::Kind::out_of_memory : Status::Kind::failed, code, call};
+}
 
 class HostBackend final : public Backend {
  public:
@@ -105,8 +111,17 @@ class HostBackend final : public Backend {
 
   Status memory_info(std::size_t* free_bytes, std::size_t* total_bytes) noexcept override {
     const auto system_page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    *free_bytes = static_cast<std::size_t>(sysconf(_SC_AVPHYS_PAGES)) * system_page;
     *total_bytes = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * system_page;
+    *free_bytes = static_cast<std::size_t>(sysconf(_SC_AVPHYS_PAGES)) * system_page;
+    // Better: with what the system would give up, such as cached files.
+    if (std::FILE* file = std::fopen("/proc/meminfo", "re")) {
+      std::array<char, 128> line{};
+      std::size_t kib = 0;
+      while (std::fgets(line.data(), line.size(), file) != nullptr) {
+        if (std::sscanf(line.data(), "MemAvailable: %zu kB", &kib) == 1) *free_bytes = kib << 10;
+      }
+      (void)std::fclose(file);
+    }
     return {};
   }
 
@@ -126,7 +141,7 @@ class HostBackend final : public Backend {
       reservations_.emplace(aligned, bytes);
     } catch (const std::bad_alloc&) {
       (void)munmap(reinterpret_cast<void*>(aligned), bytes);
-      return {Status::Kind::out_of_memory, ENOMEM, "reserve"};
+      return refuse(ENOMEM, "reserve");
     }
     *address = aligned;
     return {};
@@ -155,8 +170,9 @@ class HostBackend final : public Backend {
       spare.reserve(spare.size() + 1);  // so that destroying this extent needs no memory
       const bool reuse = !spare.empty();
       const std::size_t offset = reuse ? spare.back() : file_bytes_;
+      if (!reuse && bytes > kMaxFileBytes - file_bytes_) return refuse(EFBIG, "ftruncate");
       if (!reuse && ftruncate(file_, static_cast<off_t>(offset + bytes)) != 0) {
-        return {Status::Kind::out_of_memory, errno, "ftruncate"};
+        return refuse(errno, "ftruncate");
       }
       extents_.emplace(next_handle_, Extent{offset, bytes, 0, false});
       if (reuse) {
@@ -165,7 +181,7 @@ class HostBackend final : public Backend {
         file_bytes_ += bytes;
       }
     } catch (const std::bad_alloc&) {
-      return {Status::Kind::out_of_memory, ENOMEM, "create"};
+      return refuse(ENOMEM, "create");
     }
     *handle = next_handle_++;
     return {};
@@ -193,7 +209,7 @@ class HostBackend final : public Backend {
     try {
       mappings_.emplace(address, Mapping{bytes, handle, Access::none});
     } catch (const std::bad_alloc&) {
-      return {Status::Kind::out_of_memory, ENOMEM, "map"};
+      return refuse(ENOMEM, "map");
     }
     void* const place =
         mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_,
@@ -247,6 +263,7 @@ class HostBackend final : public Backend {
   Status zero(Address address, std::size_t bytes, Stream) noexcept override {
     {
       const std::lock_guard lock(mutex_);
+      if (!reserved(address, bytes)) return refuse(kNotReserved, "zero");
       const Address end = address + bytes;
       Address next = address;
       for (auto m = overlapping(address, bytes); m != mappings_.end() && m->first < end; ++m) {
@@ -274,7 +291,7 @@ class HostBackend final : public Backend {
     try {
       fences_.insert(next_fence_);
     } catch (const std::bad_alloc&) {
-      return {Status::Kind::out_of_memory, ENOMEM, "create_fence"};
+      return refuse(ENOMEM, "create_fence");
     }
     *fence = next_fence_++;
     return {};
