@@ -238,6 +238,16 @@ def test_access_to_part_of_a_mapping_is_refused(backend: _core.Backend) -> None:
         refused("not mapped for writing", backend.zero, address, 2 * PAGE)
 
 
+def test_access_over_a_hole_between_mappings_is_refused(backend: _core.Backend) -> None:
+    page = backend.page_bytes
+    base = backend.reserve(3 * page)
+    for i in (0, 2):
+        backend.map(base + i * page, page, backend.create(page))
+    with pytest.raises(va.BackendError, match="nothing is mapped in part of the range"):
+        backend.set_access(base, 3 * page, "read_write")
+    backend.set_access(base, page, "read_write")
+
+
 def test_mapping_across_the_end_of_a_reservation_is_refused(backend: _core.Backend) -> None:
     base = backend.reserve(3 * PAGE)
     handle = backend.create(2 * PAGE)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from vattention import _core
-from vattention.config import check_int, parse_bytes
+from vattention.config import MAX_BYTES, check_int, check_tokens, parse_bytes
 from vattention.errors import ConfigError, VAttentionError
 from vattention.layout import KVLayout, TensorSpec
 from vattention.pool import Pool
 from vattention.sequence import Sequence
 from vattention.stats import KVStats
 
+_MAX_SEQUENCES = 2**31
+_MAX_TIMEOUT_S = 1e9
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -81,7 +83,9 @@ class KVAllocator:
         self.layout = layout
         self.pool = pool
         self.device = pool.device
-        self.max_sequences = check_int(max_sequences, name="max_sequences", minimum=1)
+        self.max_sequences = check_int(
+            max_sequences, name="max_sequences", minimum=1, maximum=_MAX_SEQUENCES
+        )
         self.max_seq_len = check_int(max_seq_len, name="max_seq_len", minimum=1)
         slack = check_int(tail_slack_tokens, name="tail_slack_tokens", minimum=0)
         guard_pages = _guard_pages(layout, slack, pool.page_bytes)
@@ -109,7 +113,7 @@ class KVAllocator:
             tail_slack_tokens=slack,
             guard_pages=guard_pages,
             lookahead_tokens=check_int(lookahead_tokens, name="lookahead_tokens", minimum=0),
-            fence_timeout_ms=int(fence_timeout_s * 1000),
+            fence_timeout_ms=int(_check_timeout(fence_timeout_s) * 1000),
         )
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -182,18 +186,16 @@ class KVAllocator:
             BackendError: the driver refused; no length has changed.
         """
         core = self._open()
-        if isinstance(lengths, Mapping):
-            own = []
-            for sequence, tokens in lengths.items():
-                if sequence._kv is not self:
-                    raise ConfigError("lengths has a sequence of another allocator")
-                own.append((sequence.slot, sequence._generation, tokens))
-            core.step_sequences(own, self._stream())
-            return
         if isinstance(lengths, torch.Tensor):
-            if lengths.device.type != "cpu":
-                raise ConfigError("lengths is read on the host: pass a CPU tensor")
+            if not lengths.is_cpu or lengths.dtype is not torch.int64 or lengths.is_sparse:
+                raise ConfigError(
+                    "lengths is read on the host: pass a dense int64 CPU tensor, not one of "
+                    f"{lengths.dtype} on {lengths.device}"
+                )
             lengths = lengths.numpy()
+        elif isinstance(lengths, Mapping):
+            core.step_sequences(self._read_lengths(lengths), self._stream())
+            return
         if not core.try_step_lengths(lengths):
             core.step_lengths(lengths, self._stream())
 
@@ -250,6 +252,28 @@ class KVAllocator:
         shape = f"max_sequences={self.max_sequences}, max_seq_len={self.max_seq_len}"
         return f"KVAllocator({shape}, {'closed' if self.closed else self.device})"
 
+    def _read_lengths(self, lengths: Mapping[Any, Any]) -> list[tuple[int, int, int]]:
+        """Slot, generation and length of each sequence."""
+        own = [
+            (sequence.slot, sequence._generation, tokens)
+            for sequence, tokens in lengths.items()
+            if type(tokens) is int
+            and -MAX_BYTES <= tokens <= MAX_BYTES
+            and type(sequence) is Sequence
+            and sequence._kv is self
+        ]
+        if len(own) == len(lengths):
+            return own
+        # Some are integers of another kind, or wrong.
+        own = []
+        for sequence, tokens in lengths.items():
+            if not isinstance(sequence, Sequence):
+                raise ConfigError(f"lengths must map sequences; got the key {sequence!r}")
+            if sequence._kv is not self:
+                raise ConfigError("lengths has a sequence of another allocator")
+            own.append((sequence.slot, sequence._generation, check_tokens(tokens, name="a length")))
+        return own
+
     def _open(self) -> _core.Allocator:
         if self._core is None:
             raise VAttentionError("the allocator is closed: make a new one")
@@ -271,6 +295,12 @@ class KVAllocator:
         integers: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
         assert integers.dtype == _INTEGER_OF_SIZE[dtype.itemsize]
         return integers.view(dtype)
+
+
+def _check_timeout(seconds: object) -> float:
+    if isinstance(seconds, (int, float)) and 0 <= seconds <= _MAX_TIMEOUT_S:
+        return seconds
+    raise ConfigError(f"fence_timeout_s must be from 0 to {_MAX_TIMEOUT_S:.0f}; got {seconds!r}")
 
 
 def _guard_pages(layout: KVLayout, slack_tokens: int, page_bytes: int) -> int:

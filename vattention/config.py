@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from fractions import Fraction
 
 from vattention.errors import ConfigError
 
-__all__ = ["MAX_BYTES", "check_int", "format_bytes", "parse_bytes"]
+__all__ = ["MAX_BYTES", "check_int", "check_tokens", "format_bytes", "parse_bytes"]
 
 MAX_BYTES = 2**62
 """No size, count or product of them may be above this, so that all fit a signed 64-bit integer
@@ -46,6 +47,23 @@ def check_int(value: object, *, name: str, minimum: int, maximum: int = MAX_BYTE
     if isinstance(value, int) and value > MAX_BYTES:
         limit = f"of at most {maximum}"
     raise ConfigError(f"{name} must be an int {limit}; got {_shown(value)}")
+
+
+def check_tokens(value: object, *, name: str) -> int:
+    """Return `value`, which may also be an integer of another library, such as NumPy's.
+
+    Whether so many tokens fit is for the allocator to say.
+
+    Raises:
+        ConfigError: it is not a whole number, or no 64-bit one.
+    """
+    try:
+        tokens = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number of tokens; got {_shown(value)}") from None
+    if not -MAX_BYTES <= tokens <= MAX_BYTES:
+        raise ConfigError(f"{name} must be a number of tokens; got {_shown(value)}")
+    return tokens
 
 
 def parse_bytes(value: int | str, *, name: str) -> int:

@@ -20,6 +20,8 @@ HOST_PAGE_BYTES = 64 << 10
 #: byte, small enough that what trim and reclaim can give back is not coarse.
 MAX_EXTENT_BYTES = 256 << 20
 
+_DEVICES = "device must be 'cuda', 'cuda:N' or 'cpu'"
+
 _open_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
@@ -37,7 +39,7 @@ def _make_backend(device: torch.device, page_bytes: int | None) -> _core.Backend
         wanted = HOST_PAGE_BYTES if page_bytes is None else page_bytes
         return _core.host_backend(check_int(wanted, name="page_bytes", minimum=1))
     if kind != "cuda":
-        raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', not {str(device)!r}")
+        raise ConfigError(f"{_DEVICES}, not {str(device)!r}")
     if page_bytes is not None:
         raise ConfigError("page_bytes can be set on the host backend only: CUDA's is the driver's")
     if str(device) == "cuda":  # no index: torch's current device
@@ -86,11 +88,14 @@ class Pool:
         backend: _core.Backend | None = None,
     ) -> None:
         """Opens the device; takes no memory yet. `backend` replaces the device's, for tests."""
-        if backend is None:
+        try:
             self.device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"{_DEVICES}, not {device!r}") from error
+        if backend is None:
             backend = _make_backend(self.device, page_bytes)
         else:
-            self.device = torch.device("cpu" if backend.name.endswith("host") else device)
+            self.device = torch.device("cpu" if backend.name.endswith("host") else self.device)
         if self.device != torch.device("cpu"):
             self.device = torch.device("cuda", backend.device_index)
         self._backend = backend

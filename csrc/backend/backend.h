@@ -6,8 +6,8 @@
 // Contract, the same for every backend (the CUDA driver's, where it is the stricter one):
 //   - Sizes and addresses are multiples of page_bytes(). A handle is mapped whole, from its start.
 //   - Mapping over a mapping is refused. Unmapping part of a mapping is refused; unmapping a range
-//     with holes works. Access over a range with a hole is refused. A mapping starts without
-//     access.
+//     with holes works. A mapping starts without access. Access is set over ranges without a hole
+//     (the host refuses any other; CUDA, with driver 580, those with a hole at either end).
 //   - A handle may be mapped at several places (an alias). Destroying a handle that is still mapped
 //     is allowed: its memory goes back with its last mapping.
 //   - Unreserving a range in which something is mapped is refused.
@@ -90,6 +90,9 @@ class Backend {
   virtual Status destroy_fence(Fence fence) noexcept = 0;
   // Moves the fence behind everything enqueued on the stream so far.
   virtual Status record(Fence fence, Stream stream) noexcept = 0;
+  // Holds back what is enqueued on the stream from now on until the fence, as it was recorded last,
+  // has passed; does not wait itself.
+  virtual Status wait(Stream stream, Fence fence) noexcept = 0;
   // Whether the stream has passed the fence. A fence that was never recorded has passed.
   virtual Status query(Fence fence, bool* passed) noexcept = 0;
 };

@@ -165,6 +165,13 @@ class CudaBackend final : public Backend {
     return status(driver_->event_record(to_event(fence), to_stream(stream)), "cuEventRecord");
   }
 
+  Status wait(Stream stream, Fence fence) noexcept override {
+    const Scope scope(*this);
+    if (const Status capture = refuse_capture(stream); !capture.ok()) return capture;
+    return status(driver_->stream_wait_event(to_stream(stream), to_event(fence), 0),
+                  "cuStreamWaitEvent");
+  }
+
   Status query(Fence fence, bool* passed) noexcept override {
     const Scope scope(*this);
     const cuda::Result result = driver_->event_query(to_event(fence));

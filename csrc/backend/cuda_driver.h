@@ -100,6 +100,8 @@ struct AccessDescriptor {
   X(event_create, cuEventCreate, (EventPointer * event, unsigned flags))                           \
   X(event_destroy, cuEventDestroy_v2, (EventPointer event))                                        \
   X(event_record, cuEventRecord, (EventPointer event, StreamPointer stream))                       \
+  X(stream_wait_event, cuStreamWaitEvent,                                                          \
+    (StreamPointer stream, EventPointer event, unsigned flags))                                    \
   X(event_query, cuEventQuery, (EventPointer event))
 
 // The functions of libcuda. Immutable once loaded; never unloaded.

@@ -307,6 +307,11 @@ class HostBackend final : public Backend {
     return fences_.contains(fence) ? Status{} : refuse(kUnknownFence, "record");
   }
 
+  Status wait(Stream, Fence fence) noexcept override {
+    const std::lock_guard lock(mutex_);
+    return fences_.contains(fence) ? Status{} : refuse(kUnknownFence, "wait");
+  }
+
   Status query(Fence fence, bool* passed) noexcept override {
     const std::lock_guard lock(mutex_);
     if (!fences_.contains(fence)) return refuse(kUnknownFence, "query");

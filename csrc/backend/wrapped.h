@@ -70,6 +70,9 @@ class WrappedBackend : public Backend {
   Status record(Fence fence, Stream stream) noexcept override {
     return pass("record", [&] { return inner_->record(fence, stream); });
   }
+  Status wait(Stream stream, Fence fence) noexcept override {
+    return pass("wait", [&] { return inner_->wait(stream, fence); });
+  }
   Status query(Fence fence, bool* passed) noexcept override {
     return pass("query", [&] { return inner_->query(fence, passed); });
   }

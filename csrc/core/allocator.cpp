@@ -182,11 +182,12 @@ bool Allocator::usable(Slot& slot) {
 
 // The slot whose memory fits best, or -1. Best is the smallest that holds all the tokens, unless
 // that would tie up more than twice their need; then the largest that holds fewer; then an empty
-// one; then whatever there is.
+// one; then one whose memory is in the wrong place; then whatever there is.
 std::int64_t Allocator::pick_slot(std::int64_t tokens) {
   std::int64_t fits = -1;
   std::int64_t smaller = -1;
   std::int64_t empty = -1;
+  std::int64_t misplaced = -1;
   std::size_t fits_pages = 0;
   std::int64_t smaller_tokens = 0;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
@@ -196,6 +197,10 @@ std::int64_t Allocator::pick_slot(std::int64_t tokens) {
       continue;
     }
     if (slot.state != SlotState::cached || !usable(slot)) continue;
+    if (holed(slot)) {
+      if (misplaced < 0) misplaced = i;
+      continue;
+    }
     const std::int64_t held = mapped_tokens(slot);
     const std::size_t pages = mapped_pages(slot);
     if (held >= tokens && (fits < 0 || pages < fits_pages)) {
@@ -213,7 +218,8 @@ std::int64_t Allocator::pick_slot(std::int64_t tokens) {
   const bool wasteful = tokens > 0 && fits_pages > 2 * needed_pages + config_.regions.size();
   if (fits >= 0 && !wasteful) return fits;
   if (smaller >= 0) return smaller;
-  return empty >= 0 ? empty : fits;
+  if (empty >= 0) return empty;
+  return misplaced >= 0 ? misplaced : fits;
 }
 
 // The first of `count` usable slots in a row, or -1; of several such places the one with most
@@ -239,26 +245,43 @@ std::int64_t Allocator::pick_slots(std::uint32_t count) {
   return best;
 }
 
-std::vector<SequenceId> Allocator::allocate(std::uint32_t count, std::int64_t tokens,
+bool Allocator::vacate_holed(Lock& lock, std::uint32_t first, std::uint32_t count) {
+  Work work;
+  std::vector<Unmapping> unmappings;
+  for (std::uint32_t i = first; i < first + count; ++i) {
+    if (holed(slots_[i])) (void)unmap_slot_later(work, unmappings, i);
+  }
+  if (unmappings.empty()) return false;
+  pool_->unmap_now(lock, work, unmappings);
+  return true;
+}
+
+std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int64_t tokens,
                                             Stream stream) {
   Lock lock = pool_->lock();
   require_open();
   require_length(tokens);
-  if (count == 0) throw ConfigError("allocate needs one sequence at least");
+  if (num_sequences == 0) throw ConfigError("allocate needs one sequence at least");
+  const bool possible = num_sequences <= config_.max_sequences;
+  const auto count = static_cast<std::uint32_t>(possible ? num_sequences : 0);
   std::int64_t first = -1;
   for (;;) {
-    first = count == 1 ? pick_slot(tokens) : pick_slots(count);
-    if (first >= 0) break;
-    if (pool_->collect(lock)) continue;
-    if (count <= config_.max_sequences && wait_for_a_fence(lock)) {
+    if (possible) first = count == 1 ? pick_slot(tokens) : pick_slots(count);
+    if (first >= 0) {
+      if (!vacate_holed(lock, static_cast<std::uint32_t>(first), count)) break;
+      require_open();
+      continue;
+    }
+    if (possible && (pool_->collect(lock) || wait_for_a_fence(lock))) {
       require_open();
       continue;
     }
     std::size_t live = 0;
     for (const Slot& slot : slots_) live += slot.state == SlotState::live ? 1 : 0;
     throw OutOfSlots(
-        (count == 1 ? std::string("no slot is free")
-                    : "no " + std::to_string(count) + " free slots stand in a row") +
+        (num_sequences == 1
+             ? std::string("no slot is free")
+             : "no " + std::to_string(num_sequences) + " free slots stand in a row") +
         ": " + std::to_string(live) + " of " + std::to_string(config_.max_sequences) +
         " hold live sequences; free one, or make the allocator with more max_sequences");
   }
@@ -392,7 +415,13 @@ void Allocator::collect_retired(Lock& lock) {
   audit();
 }
 
-Fence Allocator::record_fence(Stream stream) {
+Fence Allocator::record_fence(Slot& slot, Stream stream) {
+  if (slot.clearing && slot.cleared_on != stream) {
+    if (const Status status = backend().wait(stream, slot.cleared); !status.ok()) {
+      throw_status(backend(), status);
+    }
+    slot.cleared_on = stream;
+  }
   const Fence fence = pool_->borrow_fence();
   if (const Status status = backend().record(fence, stream); !status.ok()) {
     pool_->return_fence(fence);
@@ -406,11 +435,11 @@ void Allocator::trim(SequenceId id, std::int64_t tokens, Stream stream) {
   (void)require_live(id);
   wait_idle(lock, id.slot);
   Slot& slot = require_live(id);
-  require_length(tokens);
   if (tokens > lengths_[id.slot]) {
     throw ConfigError("trim cannot lengthen a sequence from " + std::to_string(lengths_[id.slot]) +
                       " to " + std::to_string(tokens) + " tokens: call step");
   }
+  require_length(tokens);
   if (tokens < slot.first_token) {
     throw ConfigError("the sequence cannot be trimmed to " + std::to_string(tokens) +
                       " tokens: those below " + std::to_string(slot.first_token) +
@@ -483,7 +512,7 @@ void Allocator::free(SequenceId id, Stream stream) {
   wait_idle(lock, id.slot);
   Slot& slot = require_live(id);
   if (mapped_pages(slot) > 0) {
-    slot.fence = record_fence(stream);
+    slot.fence = record_fence(slot, stream);
     slot.fence_pending = true;
     slot.state = SlotState::cached;
     (void)quiescent(slot);  // an idle stream has passed the fence already

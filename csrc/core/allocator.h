@@ -95,7 +95,7 @@ class Allocator {
 
   // `count` sequences of that many tokens; their slots are consecutive and ascending.
   // Throws OutOfSlots, OutOfPages, SequenceTooLong, BackendFailure.
-  [[nodiscard]] std::vector<SequenceId> allocate(std::uint32_t count, std::int64_t tokens,
+  [[nodiscard]] std::vector<SequenceId> allocate(std::size_t count, std::int64_t tokens,
                                                  Stream stream);
 
   // lengths[slot] is the slot's length after the step; 0 or less leaves the slot alone.
@@ -152,6 +152,11 @@ class Allocator {
     bool pinned = false;         // a growth under way counts on what it has
     bool fence_pending = false;  // cached: the fence has not been seen to pass
     Fence fence = 0;
+    // Behind the last clearing that was enqueued on a caller's stream, and that stream: another
+    // stream's fence says nothing of it.
+    Fence cleared = 0;
+    Stream cleared_on = 0;
+    bool clearing = false;  // it has not been seen to pass
     std::uint64_t generation = 0;
     std::uint64_t freed_at = 0;
     std::int64_t first_token = 0;
@@ -209,6 +214,9 @@ class Allocator {
   [[nodiscard]] bool quiescent(Slot& slot);
   [[nodiscard]] std::int64_t pick_slot(std::int64_t tokens);
   [[nodiscard]] std::int64_t pick_slots(std::uint32_t count);
+  // Where a sliding window has left only the end of some of these slots mapped, unmaps that; drops
+  // the lock meanwhile. Returns whether anything was done. Throws BackendFailure.
+  bool vacate_holed(Lock& lock, std::uint32_t first, std::uint32_t count);
   [[nodiscard]] bool usable(Slot& slot);
   [[nodiscard]] bool any_fence_pending() const noexcept;
   bool wait_for_a_fence(Lock& lock);
@@ -223,15 +231,20 @@ class Allocator {
   void commit(const Growth& growth, const Work& work, bool built);
   Status execute(Lock& lock, Growth& growth, Stream stream, bool wait);
   void wait_for_readers(Lock& lock, const Growth& growth, Stream stream);
-  [[noreturn]] void throw_out_of_pages(std::size_t needed, const std::string& why) const;
+  [[noreturn]] void throw_out_of_pages(std::size_t needed, std::size_t free,
+                                       const std::string& why) const;
   bool map_ahead(Lock& lock, Stream stream);
   [[nodiscard]] std::size_t guard_count() const noexcept {
     return guard_ == nullptr ? 0 : config_.guard_pages / guard_->pages();
   }
-  void take_back_tails(Slot& slot);
+  void take_back_tails(Slot& slot, Stream stream);
+  void note_clearing(const Growth& growth, Stream stream) noexcept;
   void make_guard();
 
   // Giving up (reclaim.cpp). The plans append to work.unmaps and unmappings alike.
+  [[nodiscard]] static bool holed(const Slot& slot) noexcept;
+  // Everything in a slot; returns the bytes.
+  std::size_t unmap_slot_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot);
   std::size_t plan_eviction(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
   void plan_retired(Work& work, std::vector<Unmapping>& unmappings);
   std::size_t plan_surplus(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
@@ -245,12 +258,13 @@ class Allocator {
               CutRun cut) {
     if (regions.empty()) return;
     slot.retired.reserve(slot.retired.size() + 1);
-    Retired retired{record_fence(stream), tail, {}};
+    Retired retired{record_fence(slot, stream), tail, {}};
     for (const std::uint32_t region : regions) retired.cuts.push_back({region, cut(region)});
     slot.retired.push_back(std::move(retired));
     ++retired_entries_;
   }
-  [[nodiscard]] Fence record_fence(Stream stream);
+  // A fence behind all that was enqueued on the stream, and behind what clears the slot's memory.
+  [[nodiscard]] Fence record_fence(Slot& slot, Stream stream);
   void collect_retired(Lock& lock);
   [[nodiscard]] std::size_t reclaimable_bytes() const;
   [[nodiscard]] std::size_t cached_bytes() const;

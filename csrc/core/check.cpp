@@ -82,6 +82,7 @@ void Allocator::check_locked(std::map<const Extent*, std::size_t>* owners) const
       }
       always(page == run.end || (run.mappings.empty() && run.empty()), "a run ends elsewhere");
       if (run.guarded) (*owners)[guard_] += guard_count();
+      always(!run.guarded || !run.empty(), "a guard has lost its run");
       always(slot.state != SlotState::empty || run.empty(), "an empty slot has memory");
       if (slot.state == SlotState::live && lengths_[s] > slot.first_token) {
         const std::size_t low =

@@ -173,12 +173,17 @@ void Allocator::commit(const Growth& growth, const Work& work, bool built) {
 
 // Runs a growth without the lock, with its slots busy. The growth is booked when it returns.
 Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, bool wait) {
+  for (const Change& change : growth.changes) {
+    Slot& slot = slots_[change.slot];
+    if (slot.cleared == 0 && pool_->config().zero) slot.cleared = pool_->borrow_fence();
+  }
   Work work = prepare(growth, stream);
   work.wait = wait;
   for (const Change& change : growth.changes) slots_[change.slot].busy = true;
   pool_->begin_work();
   lock.unlock();
   const Status status = work.run(backend());
+  if (status.ok() && !wait && !work.zeros.empty()) note_clearing(growth, stream);
   lock.lock();
   pool_->end_work();
   commit(growth, work, status.ok());
@@ -189,6 +194,18 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, bool wait) 
   }
   pool_->announce();
   return status;
+}
+
+// Without the lock; the slots are busy.
+void Allocator::note_clearing(const Growth& growth, Stream stream) noexcept {
+  const Slot* last = nullptr;
+  for (const Change& change : growth.changes) {
+    Slot& slot = slots_[change.slot];
+    if (std::exchange(last, &slot) == &slot) continue;
+    slot.clearing = backend().record(slot.cleared, stream).ok();
+    slot.cleared_on = stream;
+    if (!slot.clearing) (void)backend().synchronize(stream);
+  }
 }
 
 // A guard may be read by kernels that run now: they must be done before it makes room.
@@ -223,7 +240,7 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     for (std::size_t i = 0; i < targets.size(); ++i) {
       // The lock may have been dropped since the caller looked.
       (void)require_live({targets[i].slot, generations[i]});
-      take_back_tails(slots_[targets[i].slot]);
+      take_back_tails(slots_[targets[i].slot], stream);
     }
     pins.set(true);
     Growth growth = plan(targets, Generosity::rounded);
@@ -237,10 +254,11 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
           pool_->wait_for_change(lock);
           continue;
         }
-        throw_out_of_pages(growth.bytes, "the budget is used up");
+        throw_out_of_pages(growth.bytes, pool_->available_bytes(), "the budget is used up");
       }
       if (!pool_->reclaim_some(lock, missing, true) && !pool_->working()) {
-        throw_out_of_pages(growth.bytes, "the GPU did not finish with what was freed in time");
+        throw_out_of_pages(growth.bytes, pool_->available_bytes(),
+                           "the GPU did not finish with what was freed in time");
       }
       continue;
     }
@@ -262,17 +280,22 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     if (status.kind != Status::Kind::out_of_memory) throw_status(backend(), status);
     // The device has less than the budget: what is idle here may help, once.
     if (driver_was_full || pool_->give_back_idle(lock) == 0) {
-      throw_out_of_pages(growth.bytes, "the device itself is full (" + std::string(status.call) +
-                                           ": " + backend().describe(status.code) +
-                                           "), of which torch may hold some for later "
-                                           "(torch.cuda.empty_cache())");
+      std::size_t device_free = 0;
+      std::size_t device_total = 0;
+      (void)backend().memory_info(&device_free, &device_total);
+      throw_out_of_pages(growth.bytes,
+                         std::min(pool_->available_bytes(), pool_->free_bytes() + device_free),
+                         "the device itself is full (" + std::string(status.call) + ": " +
+                             backend().describe(status.code) +
+                             "), of which torch may hold some for later "
+                             "(torch.cuda.empty_cache())");
     }
     driver_was_full = true;
   }
 }
 
-void Allocator::throw_out_of_pages(std::size_t needed, const std::string& why) const {
-  const std::size_t free_bytes = pool_->available_bytes();
+void Allocator::throw_out_of_pages(std::size_t needed, std::size_t free_bytes,
+                                   const std::string& why) const {
   const std::size_t reclaimable = pool_->reclaimable_bytes();
   const std::size_t budget = pool_->config().budget_bytes;
   throw OutOfPages("out of memory for KV: " + why + ". Needed " + human_bytes(needed) + "; free " +
@@ -282,11 +305,15 @@ void Allocator::throw_out_of_pages(std::size_t needed, const std::string& why) c
                    needed, free_bytes, reclaimable, budget);
 }
 
-// Growth takes back what a trim has cut off and nobody has unmapped yet.
-void Allocator::take_back_tails(Slot& slot) {
+// Growth takes back what a trim has cut off and nobody has unmapped yet. It will be cleared on the
+// stream, where what was enqueued before the trim may still be read on another.
+void Allocator::take_back_tails(Slot& slot, Stream stream) {
   for (std::size_t i = slot.retired.size(); i-- > 0;) {
     Retired& retired = slot.retired[i];
     if (!retired.tail) continue;
+    if (const Status status = backend().wait(stream, retired.fence); !status.ok()) {
+      throw_status(backend(), status);
+    }
     for (Cut& cut : retired.cuts) {
       Run& run = slot.runs[cut.region];
       if (run.mappings.empty()) run.front = cut.mappings.front().page;
@@ -339,7 +366,9 @@ void Allocator::make_guard() {
   Lock lock = pool_->lock();
   const std::uint8_t order = std::min(max_order_, order_within(config_.guard_pages));
   const std::size_t bytes = (std::size_t{1} << order) * page_bytes_;
-  if (bytes > pool_->available_bytes()) throw_out_of_pages(bytes, "no room for the guard");
+  if (bytes > pool_->available_bytes()) {
+    throw_out_of_pages(bytes, pool_->available_bytes(), "no room for the guard");
+  }
   Work work;
   pool_->take(work, {order});
   work.pieces[0].address = base_;

@@ -50,7 +50,11 @@ std::shared_ptr<Pool> Pool::create(std::shared_ptr<Backend> backend, const PoolC
     if (!pool->inherited()) std::default_delete<Pool>()(pool);
   };
   std::shared_ptr<Pool> pool(new Pool(traced_if_asked(std::move(backend)), config), destroy);
-  if (config.background) pool->mapper_ = std::make_unique<Mapper>(*pool);
+  if (config.background) {
+    pool->mapper_ = std::make_unique<Mapper>(*pool);
+    const Lock lock = pool->lock();
+    if (pool->below_low()) pool->wake_mapper();
+  }
   return pool;
 }
 
@@ -59,10 +63,7 @@ Pool::Pool(std::shared_ptr<Backend> backend, const PoolConfig& config)
       page_bytes_(backend_->page_bytes()),
       max_order_(checked_order(page_bytes_, config.max_extent_bytes)),
       config_(config) {
-  if (config.budget_bytes < page_bytes_) {
-    throw ConfigError("the budget of " + human_bytes(config.budget_bytes) +
-                      " is less than one page of " + human_bytes(page_bytes_));
-  }
+  require_a_page(config.budget_bytes);
   if (config.low_bytes > config.high_bytes) {
     throw ConfigError("the low watermark is above the high one");
   }
@@ -74,6 +75,13 @@ Pool::~Pool() {
     for (const Extent* extent : list) (void)backend_->destroy(extent->handle);
   }
   for (const Fence fence : spare_fences_) (void)backend_->destroy_fence(fence);
+}
+
+void Pool::require_a_page(std::size_t budget) const {
+  if (budget < page_bytes_) {
+    throw ConfigError("the budget of " + std::to_string(budget) +
+                      " bytes is less than one page of " + std::to_string(page_bytes_));
+  }
 }
 
 void Pool::stop() noexcept {
@@ -161,6 +169,7 @@ void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
   exchange(work);
   work.stuck.reserve(work.pieces.size());
   peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
+  if (below_low()) wake_mapper();
 }
 
 // Where what is to be created goes over the budget, free extents of other sizes make room for it.
@@ -331,7 +340,7 @@ std::size_t Pool::evict(Lock& lock, std::size_t bytes) {
     if (planned >= bytes) break;
     planned += allocator->plan_eviction(work, unmappings, bytes - planned);
   }
-  require(unmap(lock, work, unmappings, false));
+  unmap_now(lock, work, unmappings);
   return planned;
 }
 
@@ -433,7 +442,7 @@ void Pool::lower(Lock& lock) noexcept {
 }
 
 bool Pool::refill(Lock& lock) {
-  if (free_bytes_ + page_bytes_ > config_.low_bytes) return false;
+  if (!below_low()) return false;
   Work work;
   while (free_bytes_ + work.creates.size() * page_bytes_ < config_.low_bytes &&
          held_bytes_ + page_bytes_ <= config_.budget_bytes) {
@@ -463,10 +472,7 @@ bool Pool::background_pass(Lock& lock, Stream stream) {
 
 void Pool::set_budget(std::size_t budget) {
   Lock guard = lock();
-  if (budget < page_bytes_) {
-    throw ConfigError("the budget of " + human_bytes(budget) + " is less than one page of " +
-                      human_bytes(page_bytes_));
-  }
+  require_a_page(budget);
   while (held_bytes_ > budget) {
     const std::size_t excess = held_bytes_ - budget;
     const std::size_t reclaimable = reclaimable_bytes();

@@ -98,6 +98,7 @@ class Pool {
   [[nodiscard]] std::size_t available_bytes() const noexcept {
     return config_.budget_bytes - held_bytes_ + free_bytes_;
   }
+  [[nodiscard]] std::size_t free_bytes() const noexcept { return free_bytes_; }
   // Bytes that giving up everything reclaimable would add.
   [[nodiscard]] std::size_t reclaimable_bytes() const;
   // Whether the driver can be expected to take that many more mappings.
@@ -128,6 +129,11 @@ class Pool {
   // lock while the driver works. `waiting_allowed` lets it wait for the GPU. Returns false when
   // there was nothing to give up.
   bool reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed);
+  // Carries out a plan of unmappings whose fences have passed; drops the lock meanwhile. Throws
+  // BackendFailure.
+  void unmap_now(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings) {
+    require(unmap(lock, work, unmappings, false));
+  }
   // Unmaps what is retired and whose fences have passed; drops the lock meanwhile. Returns whether
   // it came forward: what the driver refuses stays retired, and is tried again.
   bool collect(Lock& lock);
@@ -157,6 +163,7 @@ class Pool {
   class Use;
   Pool(std::shared_ptr<Backend> backend, const PoolConfig& config);
   [[noreturn]] static void throw_inherited();
+  void require_a_page(std::size_t budget) const;
 
   [[nodiscard]] std::size_t bytes(const Extent& extent) const noexcept {
     return extent.pages() * page_bytes_;
@@ -169,6 +176,10 @@ class Pool {
   // Does work that touches no slot, without the lock, and books it.
   [[nodiscard]] Status run(Lock& lock, Work& work);
   bool refill(Lock& lock);
+  [[nodiscard]] bool below_low() const noexcept {
+    return free_bytes_ + page_bytes_ <= config_.low_bytes &&
+           held_bytes_ + page_bytes_ <= config_.budget_bytes;
+  }
   void lower(Lock& lock) noexcept;
   bool background_pass(Lock& lock, Stream stream);
   [[nodiscard]] bool waits_for_fences() const noexcept;

@@ -18,7 +18,21 @@ void Allocator::unmap_later(Work& work, std::vector<Unmapping>& unmappings, std:
   unmappings.push_back({this, slot, region, first, 0});
 }
 
-// Freed slots whose fences have passed, longest freed first. Returns the bytes it plans to free.
+bool Allocator::holed(const Slot& slot) noexcept {
+  return std::any_of(slot.runs.begin(), slot.runs.end(),
+                     [](const Run& run) { return run.holed(); });
+}
+
+std::size_t Allocator::unmap_slot_later(Work& work, std::vector<Unmapping>& unmappings,
+                                        std::uint32_t slot) {
+  for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
+    if (!slots_[slot].runs[r].empty()) unmap_later(work, unmappings, slot, r, 0);
+  }
+  return mapped_pages(slots_[slot]) * page_bytes_;
+}
+
+// Freed slots whose fences have passed: those of no use to a next sequence, then those that were
+// freed longest ago. Returns the bytes it plans to free.
 std::size_t Allocator::plan_eviction(Work& work, std::vector<Unmapping>& unmappings,
                                      std::size_t bytes) {
   if (closed_) return 0;  // its tensors may be read as long as they live
@@ -27,15 +41,13 @@ std::size_t Allocator::plan_eviction(Work& work, std::vector<Unmapping>& unmappi
     if (slots_[i].state == SlotState::cached && usable(slots_[i])) victims.push_back(i);
   }
   std::sort(victims.begin(), victims.end(), [&](std::uint32_t a, std::uint32_t b) {
+    if (holed(slots_[a]) != holed(slots_[b])) return holed(slots_[a]);
     return slots_[a].freed_at < slots_[b].freed_at;
   });
   std::size_t planned = 0;
   for (const std::uint32_t victim : victims) {
     if (planned >= bytes) break;
-    for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
-      if (!slots_[victim].runs[r].empty()) unmap_later(work, unmappings, victim, r, 0);
-    }
-    planned += mapped_pages(slots_[victim]) * page_bytes_;
+    planned += unmap_slot_later(work, unmappings, victim);
   }
   return planned;
 }
@@ -181,6 +193,7 @@ void Allocator::tear_down() noexcept {
       }
       slot.retired.clear();
       if (slot.fence != 0) pool_->return_fence(std::exchange(slot.fence, 0));
+      if (slot.cleared != 0) pool_->return_fence(std::exchange(slot.cleared, 0));
     }
     if (guard_ != nullptr) {
       pool_->disown(guard_);

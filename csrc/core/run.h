@@ -1,7 +1,8 @@
 // What one sequence's slot has mapped in one region: pages [front, end), without a gap.
 //
 // Always true: mappings are in address order and cover exactly [front, end); pages below clean_end
-// hold zeros or the present owner's bytes; a guard, where there is one, lies right behind end.
+// hold zeros or the present owner's bytes; a guard, where there is one, lies right behind end, and
+// then the run is not empty.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +27,8 @@ struct Run {
 
   [[nodiscard]] bool empty() const noexcept { return front == end; }
   [[nodiscard]] std::size_t pages() const noexcept { return end - front; }
+  // Whether its front was given back: such a run is of no use to a next sequence.
+  [[nodiscard]] bool holed() const noexcept { return !empty() && front > 0; }
 
   // The index of the first mapping that lies wholly at or above the page.
   [[nodiscard]] std::size_t first_above(std::size_t page) const noexcept {
@@ -33,11 +36,11 @@ struct Run {
     while (index > 0 && mappings[index - 1].page >= page) --index;
     return index;
   }
-  // How many mappings lie wholly below the page.
+  // How many mappings lie wholly below the page and can go: not the last one before a guard.
   [[nodiscard]] std::size_t count_below(std::size_t page) const noexcept {
+    const std::size_t most = guarded ? mappings.size() - 1 : mappings.size();
     std::size_t count = 0;
-    while (count < mappings.size() &&
-           mappings[count].page + mappings[count].extent->pages() <= page) {
+    while (count < most && mappings[count].page + mappings[count].extent->pages() <= page) {
       ++count;
     }
     return count;

@@ -15,13 +15,14 @@
 #include "backend/host.h"
 #include "core/errors.h"
 #include "python/bindings.h"
+#include "python/no_gil.h"
 
 namespace py = pybind11;
 
 namespace vattention {
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using WithoutGil = py::call_guard<NoGil>;
 
 void require(const Backend& backend, const Status& status) {
   if (!status.ok()) throw_status(backend, status);
@@ -54,7 +55,7 @@ void bind_seam(py::module_& module) {
             require(b, b.memory_info(&free_and_total.first, &free_and_total.second));
             return free_and_total;
           },
-          NoGil())
+          WithoutGil())
       .def(
           "reserve",
           [](Backend& b, std::size_t bytes) {
@@ -62,13 +63,13 @@ void bind_seam(py::module_& module) {
             require(b, b.reserve(bytes, &address));
             return address;
           },
-          py::arg("bytes"), NoGil())
+          py::arg("bytes"), WithoutGil())
       .def(
           "unreserve",
           [](Backend& b, Address address, std::size_t bytes) {
             require(b, b.unreserve(address, bytes));
           },
-          py::arg("address"), py::arg("bytes"), NoGil())
+          py::arg("address"), py::arg("bytes"), WithoutGil())
       .def(
           "create",
           [](Backend& b, std::size_t bytes) {
@@ -76,34 +77,34 @@ void bind_seam(py::module_& module) {
             require(b, b.create(bytes, &handle));
             return handle;
           },
-          py::arg("bytes"), NoGil())
+          py::arg("bytes"), WithoutGil())
       .def(
           "destroy", [](Backend& b, Handle handle) { require(b, b.destroy(handle)); },
-          py::arg("handle"), NoGil())
+          py::arg("handle"), WithoutGil())
       .def(
           "map",
           [](Backend& b, Address address, std::size_t bytes, Handle handle) {
             require(b, b.map(address, bytes, handle));
           },
-          py::arg("address"), py::arg("bytes"), py::arg("handle"), NoGil())
+          py::arg("address"), py::arg("bytes"), py::arg("handle"), WithoutGil())
       .def(
           "unmap",
           [](Backend& b, Address address, std::size_t bytes) {
             require(b, b.unmap(address, bytes));
           },
-          py::arg("address"), py::arg("bytes"), NoGil())
+          py::arg("address"), py::arg("bytes"), WithoutGil())
       .def(
           "set_access",
           [](Backend& b, Address address, std::size_t bytes, const std::string& access) {
             require(b, b.set_access(address, bytes, parse_access(access)));
           },
-          py::arg("address"), py::arg("bytes"), py::arg("access"), NoGil())
+          py::arg("address"), py::arg("bytes"), py::arg("access"), WithoutGil())
       .def(
           "zero",
           [](Backend& b, Address address, std::size_t bytes, Stream stream) {
             require(b, b.zero(address, bytes, stream));
           },
-          py::arg("address"), py::arg("bytes"), py::arg("stream") = 0, NoGil())
+          py::arg("address"), py::arg("bytes"), py::arg("stream") = 0, WithoutGil())
       .def(
           "create_stream",
           [](Backend& b) {
@@ -111,12 +112,13 @@ void bind_seam(py::module_& module) {
             require(b, b.create_stream(&stream));
             return stream;
           },
-          NoGil())
+          WithoutGil())
       .def(
           "synchronize", [](Backend& b, Stream stream) { require(b, b.synchronize(stream)); },
-          py::arg("stream"), NoGil())
+          py::arg("stream"), WithoutGil())
       .def(
-          "synchronize_device", [](Backend& b) { require(b, b.synchronize_device()); }, NoGil())
+          "synchronize_device", [](Backend& b) { require(b, b.synchronize_device()); },
+          WithoutGil())
       .def(
           "create_fence",
           [](Backend& b) {
@@ -124,14 +126,17 @@ void bind_seam(py::module_& module) {
             require(b, b.create_fence(&fence));
             return fence;
           },
-          NoGil())
+          WithoutGil())
       .def(
           "destroy_fence", [](Backend& b, Fence fence) { require(b, b.destroy_fence(fence)); },
-          py::arg("fence"), NoGil())
+          py::arg("fence"), WithoutGil())
       .def(
           "record",
           [](Backend& b, Fence fence, Stream stream) { require(b, b.record(fence, stream)); },
-          py::arg("fence"), py::arg("stream") = 0, NoGil())
+          py::arg("fence"), py::arg("stream") = 0, WithoutGil())
+      .def(
+          "wait", [](Backend& b, Stream stream, Fence fence) { require(b, b.wait(stream, fence)); },
+          py::arg("stream"), py::arg("fence"), WithoutGil())
       .def(
           "query",
           [](Backend& b, Fence fence) {
@@ -139,7 +144,7 @@ void bind_seam(py::module_& module) {
             require(b, b.query(fence, &passed));
             return passed;
           },
-          py::arg("fence"), NoGil());
+          py::arg("fence"), WithoutGil());
 }
 
 void bind_faulty(py::module_& module) {
@@ -163,7 +168,7 @@ void bind_faulty(py::module_& module) {
             return b.wait_blocked(
                 call, std::chrono::milliseconds(static_cast<std::int64_t>(timeout_s * 1000)));
           },
-          py::arg("call"), py::arg("timeout_s") = 10.0, NoGil());
+          py::arg("call"), py::arg("timeout_s") = 10.0, WithoutGil());
 }
 
 }  // namespace

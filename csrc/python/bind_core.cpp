@@ -10,13 +10,14 @@
 #include "core/pool.h"
 #include "python/bindings.h"
 #include "python/dlpack.h"
+#include "python/no_gil.h"
 
 namespace py = pybind11;
 
 namespace vattention {
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using WithoutGil = py::call_guard<NoGil>;
 using PyIds = std::vector<std::pair<std::uint32_t, std::uint64_t>>;
 
 // The lengths of a step: a C-contiguous buffer of 64-bit integers, read in place.
@@ -60,12 +61,12 @@ void bind_pool(py::module_& module) {
            py::kw_only(), py::arg("backend"), py::arg("budget_bytes"), py::arg("low_bytes"),
            py::arg("high_bytes"), py::arg("max_extent_bytes"), py::arg("zero"),
            py::arg("background"))
-      .def("set_budget", &Pool::set_budget, py::arg("bytes"), NoGil())
+      .def("set_budget", &Pool::set_budget, py::arg("bytes"), WithoutGil())
       .def("set_watermarks", &Pool::set_watermarks, py::arg("low_bytes"), py::arg("high_bytes"),
-           NoGil())
-      .def("reclaim", &Pool::reclaim, NoGil())
-      .def("check", &Pool::check, NoGil())
-      .def("stop", &Pool::stop, NoGil())
+           WithoutGil())
+      .def("reclaim", &Pool::reclaim, WithoutGil())
+      .def("check", &Pool::check, WithoutGil())
+      .def("stop", &Pool::stop, WithoutGil())
       .def("stats", [](const Pool& pool) {
         const PoolStats s = pool.stats();
         py::dict d;
@@ -140,14 +141,14 @@ void bind_allocator(py::module_& module) {
           py::arg("fence_timeout_ms"))
       .def(
           "allocate",
-          [](Allocator& allocator, std::uint32_t count, std::int64_t tokens, Stream stream) {
+          [](Allocator& allocator, std::size_t count, std::int64_t tokens, Stream stream) {
             PyIds ids;
             for (const SequenceId& id : allocator.allocate(count, tokens, stream)) {
               ids.emplace_back(id.slot, id.generation);
             }
             return ids;
           },
-          py::arg("count"), py::arg("tokens"), py::arg("stream"), NoGil())
+          py::arg("count"), py::arg("tokens"), py::arg("stream"), WithoutGil())
       .def(
           "try_step_lengths",
           [](Allocator& allocator, const py::object& lengths) {
@@ -159,7 +160,7 @@ void bind_allocator(py::module_& module) {
           "step_lengths",
           [](Allocator& allocator, const py::object& lengths, Stream stream) {
             const Lengths view(lengths.ptr());
-            const py::gil_scoped_release no_gil;
+            const NoGil no_gil;
             allocator.step(view.data(), view.count(), stream);
           },
           py::arg("lengths"), py::arg("stream"))
@@ -175,40 +176,41 @@ void bind_allocator(py::module_& module) {
             }
             allocator.step(pairs, stream);
           },
-          py::arg("lengths"), py::arg("stream"), NoGil())
+          py::arg("lengths"), py::arg("stream"), WithoutGil())
       .def(
           "trim",
           [](Allocator& allocator, std::uint32_t slot, std::uint64_t generation,
              std::int64_t tokens,
              Stream stream) { allocator.trim({slot, generation}, tokens, stream); },
-          py::arg("slot"), py::arg("generation"), py::arg("tokens"), py::arg("stream"), NoGil())
+          py::arg("slot"), py::arg("generation"), py::arg("tokens"), py::arg("stream"),
+          WithoutGil())
       .def(
           "trim_front",
           [](Allocator& allocator, std::uint32_t slot, std::uint64_t generation,
              std::int64_t first_token,
              Stream stream) { allocator.trim_front({slot, generation}, first_token, stream); },
           py::arg("slot"), py::arg("generation"), py::arg("first_token"), py::arg("stream"),
-          NoGil())
+          WithoutGil())
       .def(
           "free",
           [](Allocator& allocator, std::uint32_t slot, std::uint64_t generation, Stream stream) {
             allocator.free({slot, generation}, stream);
           },
-          py::arg("slot"), py::arg("generation"), py::arg("stream"), NoGil())
+          py::arg("slot"), py::arg("generation"), py::arg("stream"), WithoutGil())
       .def(
           "length",
           [](const Allocator& allocator, std::uint32_t slot, std::uint64_t generation) {
             return allocator.length({slot, generation});
           },
-          py::arg("slot"), py::arg("generation"), NoGil())
+          py::arg("slot"), py::arg("generation"), WithoutGil())
       .def(
           "alive",
           [](const Allocator& allocator, std::uint32_t slot, std::uint64_t generation) {
             return allocator.alive({slot, generation});
           },
-          py::arg("slot"), py::arg("generation"), NoGil())
-      .def("close", &Allocator::close, NoGil())
-      .def("check", &Allocator::check, NoGil())
+          py::arg("slot"), py::arg("generation"), WithoutGil())
+      .def("close", &Allocator::close, WithoutGil())
+      .def("check", &Allocator::check, WithoutGil())
       .def("stats", &allocator_stats)
       .def("mappings", &mapping_list)
       .def_property_readonly("base", &Allocator::base)

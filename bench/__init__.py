@@ -1,0 +1,1 @@
+"""Benchmarks of vattention: `python -m bench --help`."""

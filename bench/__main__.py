@@ -1,0 +1,85 @@
+"""Runs the benchmarks: `python -m bench [map|step|bandwidth|all]`; draws them: `... plot`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import bandwidth, step
+from bench import map as mapping
+from bench.common import Context, write_report
+
+BENCHMARKS: dict[str, Callable[[Context], dict[str, object]]] = {
+    "map": mapping.run,
+    "step": step.run,
+    "bandwidth": bandwidth.run,
+}
+RESULTS = Path("bench/results")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures vattention and writes one JSON file for each benchmark. The host "
+        "backend (--device cpu) runs all of it at small sizes, to try the code: its figures say "
+        "nothing about a GPU.",
+    )
+    parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all", "plot"])
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"where files are written; default: {RESULTS}, figures in a folder of it",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="what plot draws"
+    )
+    parser.add_argument("--quick", action="store_true", help="few repetitions; files end in -quick")
+    parser.add_argument("--commit", help="the commit measured, for a copy that has no .git")
+    args = parser.parse_args()
+    if args.benchmark == "plot":
+        return _plot(args.results, args.out or RESULTS / "figures")
+
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device: use --device cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else "cpu"
+    names = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
+    failed = False
+    for name in names:
+        # Rebuilt, so that no path of this machine gets into the file.
+        command = f"python -m bench {name} --device {kind}" + (" --quick" if args.quick else "")
+        context = Context(name, torch.device(device), args.quick, command, args.commit)
+        started = time.perf_counter()
+        try:
+            measurements = BENCHMARKS[name](context)
+        except Exception:
+            traceback.print_exc()
+            failed = True
+            continue
+        took = time.perf_counter() - started
+        path = write_report(context, measurements, args.out or RESULTS, took)
+        print(f"\n{name}: {took:.1f} s, written to {path}", flush=True)
+    return 1 if failed else 0
+
+
+def _plot(results: Path, directory: Path) -> int:
+    from bench import plot  # matplotlib is not needed to measure
+
+    paths = plot.draw(results, directory)
+    for path in paths:
+        print(path)
+    if not paths:
+        print(f"there are no results in {results}", file=sys.stderr)
+    return 0 if paths else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

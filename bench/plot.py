@@ -1,0 +1,231 @@
+"""Draws what the benchmarks measured: one figure for each device, from the newest files.
+
+Up to two panels, of what there are results for: backing one prompt, decode bandwidth, steps.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bench.common import show_bytes
+
+Report = dict[str, Any]
+
+INK, MUTED, GRID = "#1c2430", "#66707d", "#e4e8ed"
+THEIRS, OURS, OURS_LIGHT, OURS_LIGHTEST = "#c0392b", "#1f6fb4", "#6aaede", "#b5d6f0"
+SERIES = ("#1f6fb4", "#e08e0b", "#2a9d6f", "#7d3c98")
+MARKERS = "osD^"
+# Of the kernels that ran, the first of these is drawn.
+KERNELS = ("FA3", "FA2", "torch flash", "torch sdpa", "read")
+
+
+def draw(results: Path, directory: Path) -> list[Path]:
+    """Draws the figures into a directory and returns their paths; none where nothing was found."""
+    paths = []
+    for device, reports in _newest(results).items():
+        panels: list[tuple[Callable[[Axes, Report], None], Report]] = [
+            (panel, reports[name]) for name, panel in PANELS.items() if name in reports
+        ][:2]
+        wide = len(panels) > 1
+        with plt.rc_context(_STYLE):
+            figure, axes = plt.subplots(
+                1,
+                len(panels),
+                figsize=(12, 4.8) if wide else (7, 4.8),
+                squeeze=False,
+                layout="constrained",
+            )
+            for axis, (panel, report) in zip(axes[0], panels, strict=True):
+                panel(axis, report)
+                axis.spines[["top", "right"]].set_visible(False)
+            label = panels[0][1]["label"]
+            quick = ", few repetitions" if any(report["quick"] for _, report in panels) else ""
+            figure.supxlabel(f"{label}{quick}", fontsize=10, color=MUTED)
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / f"overview-{device}.png"
+            figure.savefig(path, dpi=150)
+            plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+_STYLE = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+def _newest(results: Path) -> dict[str, dict[str, Report]]:
+    """By device, then by benchmark: the newest report, a full one before a quick one."""
+    found: dict[str, dict[str, Report]] = {}
+    for path in sorted(results.glob("*.json")):
+        report = json.loads(path.read_text())
+        name = report.get("benchmark")
+        if name not in PANELS:
+            continue
+        device = path.stem.removeprefix(f"{name}-").removesuffix("-quick")
+        other = found.setdefault(device, {}).get(name)
+        if other is None or _rank(report) > _rank(other):
+            found[device][name] = report
+    # Host results only try the code: they are drawn where there is nothing else.
+    return {device: of for device, of in found.items() if device != "host" or len(found) == 1}
+
+
+def _rank(report: Report) -> tuple[bool, str]:
+    return not report["quick"], report["date"]
+
+
+def _draw_map(axis: Axes, report: Report) -> None:
+    sizes = sorted(report["measurements"]["sizes"], key=lambda size: size["tokens"])
+    bars = (
+        ("a page at a time", THEIRS, "page_calls", "cold"),
+        ("extents, new and cleared", OURS, "token, cleared", "cold"),
+        ("extents, new, not cleared", OURS_LIGHT, "token, not cleared", "cold"),
+        ("a freed sequence's, not cleared", OURS_LIGHTEST, "token, not cleared", "adopt"),
+    )
+    width = 0.8 / len(bars)
+    for i, (name, color, variant, state) in enumerate(bars):
+        times = [size["times"][variant][f"{state}_ready_us"] for size in sizes]
+        places = [group + (i - (len(bars) - 1) / 2) * width for group in range(len(sizes))]
+        medians = [time["median"] for time in times]
+        axis.bar(places, medians, width * 0.92, label=name, color=color)
+        for place, us in zip(places, medians, strict=True):
+            axis.annotate(
+                _show_short(us).replace(" ", "\n"),
+                (place, us),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                linespacing=0.95,
+            )
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda us, _: _show_short(us)))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_xticks(
+        range(len(sizes)),
+        [f"{size['tokens']:,} tokens\n{show_bytes(size['bytes'])}" for size in sizes],
+    )
+    axis.tick_params(axis="x", length=0)
+    axis.grid(axis="y")
+    axis.legend(loc="upper left", ncols=2)
+    axis.set_ylabel("until a kernel can run, median")
+    axis.set_title("Backing one prompt with memory")
+
+
+def _draw_bandwidth(axis: Axes, report: Report) -> None:
+    shapes = report["measurements"]["shapes"]
+    ran = {result["kernel"] for shape in shapes for result in shape["results"]}
+    kernel = next(name for name in KERNELS if name in ran)
+    names = list(shapes[0]["about"])
+    for i, shape in enumerate(shapes):
+        by_variant = {
+            result["variant"]: result["relative"]
+            for result in shape["results"]
+            if result["kernel"] == kernel
+        }
+        relative = [by_variant[name] for name in names]
+        axis.errorbar(
+            [of["median"] for of in relative],
+            [row + (i - (len(shapes) - 1) / 2) * 0.17 for row in range(len(names))],
+            xerr=(
+                [of["median"] - of["p10"] for of in relative],
+                [of["p90"] - of["median"] for of in relative],
+            ),
+            fmt=MARKERS[i % len(MARKERS)],
+            color=SERIES[i % len(SERIES)],
+            markersize=5,
+            elinewidth=1,
+            label=f"{shape['batch']} x {shape['length']:,}",
+        )
+    axis.axvline(1, color=MUTED, linewidth=1, zorder=1)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0.9), max(high, 1.05))
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, 28) for name in names], fontsize=9)
+    axis.set_ylim(len(names) - 0.5, -2)  # room for the legend
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    axis.grid(axis="x")
+    axis.legend(
+        loc="upper center",
+        ncols=2,
+        handletextpad=0.2,
+        columnspacing=1,
+        frameon=True,
+        framealpha=1,
+        edgecolor="none",
+    )
+    axis.set_xlabel("relative to packed tensors, median and p10 - p90")
+    axis.set_title("Bandwidth of " + ("reading" if kernel == "read" else f"decode ({kernel})"))
+
+
+def _draw_step(axis: Axes, report: Report) -> None:
+    measured = report["measurements"]
+    rows = [
+        (f"idle, {name}", times)
+        for name, times in measured["idle"]["steps"].items()
+        if "first" not in name
+    ]
+    for scenario in measured["decode"]:
+        rows.extend(
+            (f"{scenario['name']}: {state}", times["step_us"])
+            for state, times in scenario["times"].items()
+        )
+    names = [name for name, _ in rows]
+    medians = [times["median"] for _, times in rows]
+    colors = [
+        THEIRS if "no background" in name else OURS if "background" in name else OURS_LIGHT
+        for name in names
+    ]
+    axis.barh(range(len(rows)), medians, 0.7, color=colors)
+    axis.scatter([times["p99"] for _, times in rows], range(len(rows)), marker="|", s=60, color=INK)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda us, _: _show_short(us)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.grid(axis="x")
+    axis.set_xlabel("median, and p99 as a line")
+    axis.set_title(f"A step of {measured['sequences']} sequences")
+
+
+def _show_short(us: float) -> str:
+    for unit_us, name in ((1e6, "s"), (1e3, "ms")):
+        if us >= unit_us:
+            return f"{us / unit_us:.3g} {name}"
+    return f"{us:.3g} us"
+
+
+PANELS: dict[str, Callable[[Axes, Report], None]] = {
+    "map": _draw_map,
+    "bandwidth": _draw_bandwidth,
+    "step": _draw_step,
+}

@@ -1,0 +1,35 @@
+// Releases the GIL for a scope, as pybind11's guard does, but lets the process end.
+//
+// A daemon thread that comes back from a call while the interpreter shuts down may not take the
+// GIL again: CPython ends the thread by unwinding it, which a destructor must not let through, and
+// the process would abort. Such a thread waits here for the process's end instead.
+#pragma once
+
+#include <Python.h>
+#include <unistd.h>
+
+namespace vattention {
+
+class NoGil {
+ public:
+  NoGil() : state_(PyEval_SaveThread()) {}
+  NoGil(const NoGil&) = delete;
+  NoGil& operator=(const NoGil&) = delete;
+  ~NoGil() noexcept(false) {
+    while (ending()) (void)pause();
+    PyEval_RestoreThread(state_);
+  }
+
+ private:
+  static bool ending() noexcept {
+#if PY_VERSION_HEX >= 0x030D0000
+    return Py_IsFinalizing() != 0;
+#else
+    return _Py_IsFinalizing() != 0;
+#endif
+  }
+
+  PyThreadState* const state_;
+};
+
+}  // namespace vattention
