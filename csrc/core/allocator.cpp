@@ -153,11 +153,15 @@ void Allocator::refresh(std::uint32_t index) noexcept {
                      : std::max<std::int64_t>(0, ready - config_.lookahead_tokens);
 }
 
+void Allocator::hold_back(std::uint32_t index) noexcept {
+  ready_[index] = std::min(ready_[index], lengths_[index]);
+}
+
 // What of a run the sequence may need: its tokens, its slack, and its growth. A guarded run is
 // short and needs all it has.
 std::size_t Allocator::surplus_from(std::uint32_t slot, std::uint32_t region,
                                     std::int64_t growth_tokens) const noexcept {
-  const std::int64_t length = lengths_[slot];
+  const std::int64_t length = std::max(lengths_[slot], slots_[slot].claimed);
   const std::int64_t beyond = length == 0 ? 0 : config_.tail_slack_tokens;
   return pages_for(region, length + beyond + growth_tokens);
 }
@@ -256,6 +260,27 @@ bool Allocator::vacate_holed(Lock& lock, std::uint32_t first, std::uint32_t coun
   return true;
 }
 
+// How many freed slots the GPU, or an operation under way, is not done with.
+std::size_t Allocator::late_slots() {
+  return static_cast<std::size_t>(std::count_if(slots_.begin(), slots_.end(), [&](Slot& slot) {
+    return slot.state == SlotState::cached && !usable(slot);
+  }));
+}
+
+void Allocator::throw_out_of_slots(std::size_t wanted) {
+  const std::size_t late = late_slots();
+  const auto live = std::count_if(slots_.begin(), slots_.end(),
+                                  [](const Slot& slot) { return slot.state == SlotState::live; });
+  throw OutOfSlots((wanted == 1 ? std::string("no slot is free")
+                                : "no " + std::to_string(wanted) + " free slots stand in a row") +
+                   ": " + std::to_string(live) + " of " + std::to_string(config_.max_sequences) +
+                   " hold live sequences" +
+                   (late == 0 ? ""
+                              : ", and the GPU did not finish with " + std::to_string(late) +
+                                    " freed ones in time (fence_timeout_s)") +
+                   "; free one, or make the allocator with more max_sequences");
+}
+
 std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int64_t tokens,
                                             Stream stream) {
   Lock lock = pool_->lock();
@@ -272,18 +297,11 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
       require_open();
       continue;
     }
-    if (possible && (pool_->collect(lock) || wait_for_a_fence(lock))) {
+    if (possible && (pool_->collect(lock) || (late_slots() > 0 && wait_for_a_fence(lock)))) {
       require_open();
       continue;
     }
-    std::size_t live = 0;
-    for (const Slot& slot : slots_) live += slot.state == SlotState::live ? 1 : 0;
-    throw OutOfSlots(
-        (num_sequences == 1
-             ? std::string("no slot is free")
-             : "no " + std::to_string(num_sequences) + " free slots stand in a row") +
-        ": " + std::to_string(live) + " of " + std::to_string(config_.max_sequences) +
-        " hold live sequences; free one, or make the allocator with more max_sequences");
+    throw_out_of_slots(num_sequences);
   }
 
   const auto begin = static_cast<std::uint32_t>(first);
@@ -381,6 +399,7 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
   Lock lock = pool_->lock();
   require_open();
   std::vector<Target> targets;
+  targets.reserve(lengths.size());
   for (const auto& [id, tokens] : lengths) {
     (void)require_live(id);
     require_length(tokens);
@@ -389,9 +408,12 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
                         " from " + std::to_string(lengths_[id.slot]) + " to " +
                         std::to_string(tokens) + " tokens: call trim");
     }
-    if (tokens > ready_[id.slot]) targets.push_back({id.slot, tokens});
+    targets.push_back({id.slot, tokens});
   }
-  if (!targets.empty()) {
+  const bool ready = std::all_of(targets.begin(), targets.end(), [&](const Target& target) {
+    return target.tokens <= ready_[target.slot];
+  });
+  if (!ready) {
     ++counters_.waited_steps;
     grow(lock, targets, stream, true);
   }
@@ -517,7 +539,8 @@ void Allocator::free(SequenceId id, Stream stream) {
     slot.state = SlotState::cached;
     (void)quiescent(slot);  // an idle stream has passed the fence already
   } else {
-    slot.state = SlotState::empty;
+    // What was trimmed may still be mapped.
+    slot.state = slot.retired.empty() ? SlotState::empty : SlotState::cached;
   }
   slot.freed_at = ++clock_;
   lengths_[id.slot] = 0;
@@ -565,7 +588,8 @@ bool Allocator::wait_for_a_fence(Lock& lock) {
 void Allocator::close() {
   Lock lock = pool_->lock();
   if (closed_) return;
-  for (std::uint32_t i = 0; i < slots_.size(); ++i) wait_idle(lock, i);
+  const auto busy = [](const Slot& slot) { return slot.busy; };
+  while (std::any_of(slots_.begin(), slots_.end(), busy)) pool_->wait_for_change(lock);
   closed_ = true;
   std::fill(ready_.begin(), ready_.end(), 0);
   std::fill(soft_.begin(), soft_.end(), kNever);

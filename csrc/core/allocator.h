@@ -149,7 +149,6 @@ class Allocator {
   struct Slot {
     SlotState state = SlotState::empty;
     bool busy = false;           // a Work in flight touches it
-    bool pinned = false;         // a growth under way counts on what it has
     bool fence_pending = false;  // cached: the fence has not been seen to pass
     Fence fence = 0;
     // Behind the last clearing that was enqueued on a caller's stream, and that stream: another
@@ -160,7 +159,8 @@ class Allocator {
     std::uint64_t generation = 0;
     std::uint64_t freed_at = 0;
     std::int64_t first_token = 0;
-    std::vector<Run> runs;  // one per region
+    std::int64_t claimed = 0;  // the length that an operation under way is to give it
+    std::vector<Run> runs;     // one per region
     std::vector<Retired> retired;
   };
   struct Target {
@@ -202,6 +202,9 @@ class Allocator {
   [[nodiscard]] std::size_t surplus_from(std::uint32_t slot, std::uint32_t region,
                                          std::int64_t growth_tokens) const noexcept;
   void refresh(std::uint32_t slot) noexcept;
+  // Until it is refreshed, no growth of the slot's sequence is ready: what it would use is going.
+  void hold_back(std::uint32_t slot) noexcept;
+  [[nodiscard]] static bool has_retired_tail(const Slot& slot) noexcept;
 
   [[nodiscard]] Backend& backend() const noexcept { return pool_->backend(); }
   void require_open() const;
@@ -217,6 +220,8 @@ class Allocator {
   // Where a sliding window has left only the end of some of these slots mapped, unmaps that; drops
   // the lock meanwhile. Returns whether anything was done. Throws BackendFailure.
   bool vacate_holed(Lock& lock, std::uint32_t first, std::uint32_t count);
+  [[nodiscard]] std::size_t late_slots();
+  [[noreturn]] void throw_out_of_slots(std::size_t wanted);
   [[nodiscard]] bool usable(Slot& slot);
   [[nodiscard]] bool any_fence_pending() const noexcept;
   bool wait_for_a_fence(Lock& lock);
@@ -224,6 +229,7 @@ class Allocator {
   // Growth (growth.cpp).
   // `readers`: whether kernels on the stream may be reading behind the targets' tokens.
   void grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers);
+  [[nodiscard]] bool any_busy(const std::vector<Target>& targets) const noexcept;
   [[nodiscard]] Growth plan(const std::vector<Target>& targets, Generosity generosity) const;
   void plan_run(Growth& growth, const Target& target, std::uint32_t region,
                 Generosity generosity) const;
@@ -233,11 +239,14 @@ class Allocator {
   void wait_for_readers(Lock& lock, const Growth& growth, Stream stream);
   [[noreturn]] void throw_out_of_pages(std::size_t needed, std::size_t free,
                                        const std::string& why) const;
+  [[noreturn]] void throw_device_full(std::size_t needed, const Status& status) const;
   bool map_ahead(Lock& lock, Stream stream);
   [[nodiscard]] std::size_t guard_count() const noexcept {
     return guard_ == nullptr ? 0 : config_.guard_pages / guard_->pages();
   }
   void take_back_tails(Slot& slot, Stream stream);
+  // The slot's sequence is lost: the driver has left it in an unknown state.
+  void give_up(std::uint32_t slot) noexcept;
   void note_clearing(const Growth& growth, Stream stream) noexcept;
   void make_guard();
 
@@ -249,6 +258,8 @@ class Allocator {
   void plan_retired(Work& work, std::vector<Unmapping>& unmappings);
   std::size_t plan_surplus(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
   void finish_unmapping(const Unmapping& unmapping);
+  // A freed slot that has nothing left is empty.
+  void settle_cached(Slot& slot) const noexcept;
   void unmap_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot,
                    std::uint32_t region, std::size_t first);
   // Puts one fence behind the work on the stream and moves what `cut` takes off each run to a

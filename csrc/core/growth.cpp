@@ -47,6 +47,7 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
       }
       back_to = std::min(back_to, capacity);
     }
+    if (covered > back_to && back_to == front) ++back_to;  // a guard lies behind a mapping
   }
   Change change{target.slot, region, front, end, back_to, 0, false, false};
   change.remove_guard = guarded && back_to > end;
@@ -80,6 +81,7 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
 Allocator::Growth Allocator::plan(const std::vector<Target>& targets, Generosity generosity) const {
   Growth growth;
   for (const Target& target : targets) {
+    if (target.tokens <= ready_[target.slot]) continue;
     for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
       plan_run(growth, target, r, generosity);
     }
@@ -130,6 +132,11 @@ Work Allocator::prepare(Growth& growth, Stream stream) {
   return work;
 }
 
+void Allocator::give_up(std::uint32_t index) noexcept {
+  slots_[index].state = SlotState::broken;
+  lengths_[index] = 0;
+}
+
 // Books what a growth has built, or that it has not.
 void Allocator::commit(const Growth& growth, const Work& work, bool built) {
   std::size_t next = 0;
@@ -139,7 +146,7 @@ void Allocator::commit(const Growth& growth, const Work& work, bool built) {
     const std::size_t first = next;
     next += change.front_pieces + change.back_pieces;
     if (!built) {
-      if (change.remove_guard && work.displaced_lost) slot.state = SlotState::broken;
+      if (change.remove_guard && work.displaced_lost) give_up(change.slot);
       continue;
     }
     const auto mapping = [&](std::size_t piece) {
@@ -164,7 +171,7 @@ void Allocator::commit(const Growth& growth, const Work& work, bool built) {
       const RegionConfig& r = config_.regions[change.region];
       const Address slot_base = page_address(change.slot, change.region, 0);
       if (piece.address >= slot_base && piece.address < slot_base + r.slot_stride_bytes) {
-        slots_[change.slot].state = SlotState::broken;
+        give_up(change.slot);
         break;
       }
     }
@@ -211,38 +218,51 @@ void Allocator::note_clearing(const Growth& growth, Stream stream) noexcept {
 // A guard may be read by kernels that run now: they must be done before it makes room.
 void Allocator::wait_for_readers(Lock& lock, const Growth& growth, Stream stream) {
   for (const Change& change : growth.changes) slots_[change.slot].busy = true;
+  pool_->begin_work();
   lock.unlock();
   const Status status = backend().synchronize(stream);
   lock.lock();
+  pool_->end_work();
   for (const Change& change : growth.changes) slots_[change.slot].busy = false;
   pool_->announce();
   if (!status.ok()) throw_status(backend(), status);
 }
 
-// Makes every target's tokens, and the slack behind them, mapped and clean; or throws and leaves
-// all of them as they were.
+bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
+  return std::any_of(targets.begin(), targets.end(), [&](const Target& target) {
+    return target.tokens > ready_[target.slot] && slots_[target.slot].busy;
+  });
+}
+
+// Makes every target's tokens, and the slack behind them, mapped and clean, all at one moment,
+// which lasts until the lock is dropped; or throws and leaves them as they were.
 void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers) {
-  struct Pins {
+  // Meanwhile nobody takes from a target what it is to have.
+  struct Claims {
     std::vector<Slot>& slots;
     const std::vector<Target>& targets;
-    void set(bool pinned) const {
-      for (const Target& target : targets) slots[target.slot].pinned = pinned;
+    void make() const {
+      for (const Target& target : targets) slots[target.slot].claimed = target.tokens;
     }
-    ~Pins() { set(false); }
+    ~Claims() {
+      for (const Target& target : targets) slots[target.slot].claimed = 0;
+    }
   };
-  const Pins pins{slots_, targets};
+  const Claims claims{slots_, targets};
   std::vector<std::uint64_t> generations;
   for (const Target& target : targets) generations.push_back(slots_[target.slot].generation);
   bool driver_was_full = false;
 
+  // Each time that the lock has been dropped, everything is looked at anew.
   for (;;) {
-    for (const Target& target : targets) wait_idle(lock, target.slot);
+    claims.make();
+    while (any_busy(targets)) pool_->wait_for_change(lock);
+    claims.make();  // another operation on the same sequence may have dropped them
     for (std::size_t i = 0; i < targets.size(); ++i) {
-      // The lock may have been dropped since the caller looked.
-      (void)require_live({targets[i].slot, generations[i]});
-      take_back_tails(slots_[targets[i].slot], stream);
+      const auto [slot, tokens] = targets[i];
+      (void)require_live({slot, generations[i]});
+      if (tokens > ready_[slot]) take_back_tails(slots_[slot], stream);
     }
-    pins.set(true);
     Growth growth = plan(targets, Generosity::rounded);
     if (growth.bytes > pool_->available_bytes()) growth = plan(targets, Generosity::exact);
     if (growth.changes.empty()) return;
@@ -256,9 +276,12 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
         }
         throw_out_of_pages(growth.bytes, pool_->available_bytes(), "the budget is used up");
       }
-      if (!pool_->reclaim_some(lock, missing, true) && !pool_->working()) {
-        throw_out_of_pages(growth.bytes, pool_->available_bytes(),
-                           "the GPU did not finish with what was freed in time");
+      if (!pool_->reclaim_some(lock, missing, true)) {
+        if (!pool_->working()) {
+          throw_out_of_pages(growth.bytes, pool_->available_bytes(),
+                             "the GPU did not finish with what was freed in time");
+        }
+        pool_->wait_for_change(lock);
       }
       continue;
     }
@@ -276,19 +299,11 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
       continue;
     }
     const Status status = execute(lock, growth, stream, false);
-    if (status.ok()) return;
+    if (status.ok()) continue;
     if (status.kind != Status::Kind::out_of_memory) throw_status(backend(), status);
     // The device has less than the budget: what is idle here may help, once.
     if (driver_was_full || pool_->give_back_idle(lock) == 0) {
-      std::size_t device_free = 0;
-      std::size_t device_total = 0;
-      (void)backend().memory_info(&device_free, &device_total);
-      throw_out_of_pages(growth.bytes,
-                         std::min(pool_->available_bytes(), pool_->free_bytes() + device_free),
-                         "the device itself is full (" + std::string(status.call) + ": " +
-                             backend().describe(status.code) +
-                             "), of which torch may hold some for later "
-                             "(torch.cuda.empty_cache())");
+      throw_device_full(growth.bytes, status);
     }
     driver_was_full = true;
   }
@@ -303,6 +318,16 @@ void Allocator::throw_out_of_pages(std::size_t needed, std::size_t free_bytes,
                        ", budget " + human_bytes(budget) +
                        ". Free or trim sequences, or raise the budget",
                    needed, free_bytes, reclaimable, budget);
+}
+
+void Allocator::throw_device_full(std::size_t needed, const Status& status) const {
+  std::size_t device_free = 0;
+  std::size_t device_total = 0;
+  (void)backend().memory_info(&device_free, &device_total);
+  throw_out_of_pages(needed, std::min(pool_->available_bytes(), pool_->free_bytes() + device_free),
+                     "the device itself is full (" + std::string(status.call) + ": " +
+                         backend().describe(status.code) +
+                         "), of which torch may hold some for later (torch.cuda.empty_cache())");
 }
 
 // Growth takes back what a trim has cut off and nobody has unmapped yet. It will be cleared on the
@@ -330,16 +355,21 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
 // Returns whether anything was done; a lack of memory is not an error here.
 bool Allocator::map_ahead(Lock& lock, Stream stream) {
   if (closed_ || config_.lookahead_tokens == 0) return false;
-  std::vector<Target> targets;
-  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
-    if (targets.size() == kAheadBatch) break;
+  Growth growth;
+  std::size_t growing = 0;
+  for (std::uint32_t i = 0; i < slots_.size() && growing < kAheadBatch; ++i) {
     const Slot& slot = slots_[i];
-    if (slot.state != SlotState::live || slot.busy || slot.pinned || !slot.retired.empty())
+    if (slot.state != SlotState::live || slot.busy || slot.claimed > 0 || !slot.retired.empty() ||
+        lengths_[i] <= soft_[i] || lengths_[i] == 0) {
       continue;
-    if (lengths_[i] <= soft_[i] || lengths_[i] == 0) continue;
-    targets.push_back({i, std::min(lengths_[i] + config_.lookahead_tokens, config_.max_seq_len)});
+    }
+    const std::size_t before = growth.changes.size();
+    const Target target{i, std::min(lengths_[i] + config_.lookahead_tokens, config_.max_seq_len)};
+    for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
+      plan_run(growth, target, r, Generosity::ahead);
+    }
+    growing += growth.changes.size() > before ? 1U : 0U;
   }
-  Growth growth = plan(targets, Generosity::ahead);
   if (growth.changes.empty()) return false;
   if (growth.bytes > pool_->available_bytes()) {
     // What freed sequences left behind makes room, so that no step has to wait for that either.
@@ -374,16 +404,19 @@ void Allocator::make_guard() {
   work.pieces[0].address = base_;
   work.zeros.push_back({base_, bytes});
   work.wait = true;
+  pool_->begin_work();
   lock.unlock();
   Status status = work.run(backend());
-  bool mapped = status.ok();
-  if (mapped) {
+  if (status.ok()) {
     status = backend().unmap(base_, bytes);
-    mapped = !status.ok();
-    if (mapped) work.stuck.push_back(work.pieces[0]);
+    // Tried twice: what stays mapped is lost to the pool.
+    if (!status.ok() && !backend().unmap(base_, bytes).ok()) work.stuck.push_back(work.pieces[0]);
   }
   lock.lock();
+  pool_->end_work();
   pool_->settle(work, status.ok());
+  pool_->announce();
+  if (status.kind == Status::Kind::out_of_memory) throw_device_full(bytes, status);
   if (!status.ok()) throw_status(backend(), status);
   pool_->count_unmapped(1);
   guard_ = work.pieces[0].extent;

@@ -196,18 +196,16 @@ void Pool::settle(const Work& work, bool built) {
       put_free(extent);
     }
   }
-  const auto back_to_pool = [&](Extent* extent) {
+  const auto back_to_pool = [&](Extent* extent, bool is_new) {
     if (extent->handle != 0) {
+      counters_.creates += is_new ? 1U : 0U;
       put_free(extent);
     } else {
       held_bytes_ -= bytes(*extent);
       drop_extent(extent);
     }
   };
-  for (Extent* extent : work.creates) {
-    counters_.creates += built ? 1U : 0U;
-    back_to_pool(extent);
-  }
+  for (Extent* extent : work.creates) back_to_pool(extent, true);
   const auto is_stuck = [&](const Work::Piece& piece) {
     return std::any_of(work.stuck.begin(), work.stuck.end(),
                        [&](const Work::Piece& s) { return s.address == piece.address; });
@@ -220,10 +218,12 @@ void Pool::settle(const Work& work, bool built) {
       piece.extent->owners += piece.alias ? 1U : 0U;
     } else if (is_stuck(piece)) {
       ++mappings_;
+      ++counters_.maps;
+      counters_.creates += piece.create ? 1U : 0U;
       piece.extent->owners += piece.alias ? 1U : 0U;
-      stuck_bytes_ += piece.alias ? 0 : bytes(*piece.extent);
+      stuck_bytes_ += bytes(*piece.extent);
     } else if (!piece.alias) {
-      back_to_pool(piece.extent);
+      back_to_pool(piece.extent, piece.create);
     }
   }
   for (const Work::Piece& piece : work.displaced) {
@@ -293,6 +293,11 @@ Status Pool::unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappi
     for (const Unmapping& u : unmappings) {
       u.owner->slots_[u.slot].busy = busy;
       u.owner->users_ += busy ? 1U : static_cast<std::size_t>(-1);
+      if (!busy) {
+        u.owner->refresh(u.slot);
+      } else if (u.retired == 0) {
+        u.owner->hold_back(u.slot);
+      }
     }
   };
   mark(true);
@@ -305,7 +310,6 @@ Status Pool::unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappi
   end_work();
   for (std::size_t i = 0; i < work.unmapped; ++i) {
     unmappings[i].owner->finish_unmapping(unmappings[i]);
-    unmappings[i].owner->refresh(unmappings[i].slot);
   }
   settle(work, status.ok());
   mark(false);

@@ -55,7 +55,7 @@ std::size_t Allocator::plan_eviction(Work& work, std::vector<Unmapping>& unmappi
 void Allocator::plan_retired(Work& work, std::vector<Unmapping>& unmappings) {
   if (retired_entries_ == 0 || closed_) return;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].busy || slots_[i].pinned) continue;
+    if (slots_[i].busy) continue;
     for (const Retired& retired : slots_[i].retired) {
       bool passed = false;
       if (!backend().query(retired.fence, &passed).ok() || !passed) break;
@@ -70,7 +70,13 @@ void Allocator::plan_retired(Work& work, std::vector<Unmapping>& unmappings) {
   }
 }
 
-// Whole extents that live sequences do not need now. The device has to be synchronized before they
+bool Allocator::has_retired_tail(const Slot& slot) noexcept {
+  return std::any_of(slot.retired.begin(), slot.retired.end(),
+                     [](const Retired& retired) { return retired.tail; });
+}
+
+// Whole extents that live sequences do not need now, but for those that a retired tail touches,
+// which growth may want to put back behind them. The device has to be synchronized before they
 // are unmapped: they may still be cleared, or be what a trim has left to running kernels.
 std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappings,
                                     std::size_t bytes) {
@@ -78,7 +84,7 @@ std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappin
   std::size_t planned = 0;
   for (std::uint32_t i = 0; i < slots_.size() && planned < bytes; ++i) {
     const Slot& slot = slots_[i];
-    if (slot.state != SlotState::live || slot.busy || slot.pinned) continue;
+    if (slot.state != SlotState::live || slot.busy || has_retired_tail(slot)) continue;
     for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
       const Run& run = slot.runs[r];
       const std::size_t first = run.first_above(surplus_from(i, r, 0));
@@ -104,6 +110,7 @@ void Allocator::finish_unmapping(const Unmapping& unmapping) {
       slot.retired.erase(entry);
       --retired_entries_;
     }
+    settle_cached(slot);
     return;
   }
   Run& run = slot.runs[unmapping.region];
@@ -118,7 +125,13 @@ void Allocator::finish_unmapping(const Unmapping& unmapping) {
     pool_->release(mapping->extent);
   }
   run.mappings.erase(first, run.mappings.end());
-  if (slot.state == SlotState::cached && mapped_pages(slot) == 0) slot.state = SlotState::empty;
+  settle_cached(slot);
+}
+
+void Allocator::settle_cached(Slot& slot) const noexcept {
+  if (slot.state == SlotState::cached && mapped_pages(slot) == 0 && slot.retired.empty()) {
+    slot.state = SlotState::empty;
+  }
 }
 
 std::size_t Allocator::cached_bytes() const {
@@ -135,13 +148,13 @@ std::size_t Allocator::reclaimable_bytes() const {
   std::size_t bytes = cached_bytes();
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
-    if (slot.busy || slot.pinned) continue;
+    if (slot.busy) continue;
     for (const Retired& retired : slot.retired) {
       for (const Cut& cut : retired.cuts) {
         for (const Mapping& m : cut.mappings) bytes += m.extent->pages() * page_bytes_;
       }
     }
-    if (slot.state != SlotState::live) continue;
+    if (slot.state != SlotState::live || has_retired_tail(slot)) continue;
     for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
       const Run& run = slot.runs[r];
       const std::size_t first = run.first_above(surplus_from(i, r, 0));

@@ -55,6 +55,7 @@ void bind_pool(py::module_& module) {
       .def(py::init([](std::shared_ptr<Backend> backend, std::size_t budget_bytes,
                        std::size_t low_bytes, std::size_t high_bytes, std::size_t max_extent_bytes,
                        bool zero, bool background) {
+             const NoGil no_gil;
              return Pool::create(std::move(backend), {budget_bytes, low_bytes, high_bytes,
                                                       max_extent_bytes, zero, background});
            }),
@@ -133,6 +134,7 @@ void bind_allocator(py::module_& module) {
             for (const auto& [offset, stride, row] : regions) {
               config.regions.push_back({offset, stride, row});
             }
+            const NoGil no_gil;
             return std::make_shared<Allocator>(std::move(pool), std::move(config));
           }),
           py::kw_only(), py::arg("pool"), py::arg("regions"), py::arg("reserved_bytes"),

@@ -1,0 +1,461 @@
+"""What was given up stays mapped and untouched until the GPU has passed the last use of it.
+
+A busy GPU is one whose fences are held back: none that is recorded passes before they are released.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import vattention as va
+from vattention import _core
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+TOKENS_PER_PAGE = 4
+DEADLINE_S = 20.0
+
+
+class Rig:
+    """An allocator without a background thread, whose GPU is busy on request."""
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        slots: int = 4,
+        budget_pages: int = 100,
+        slack: int = 0,
+        timeout_s: float = 0.05,
+    ) -> None:
+        inner = _core.host_backend(4096) if device == "cpu" else _core.cuda_backend(0)
+        self.backend = _core.FaultyBackend(inner)
+        self.page = self.backend.page_bytes
+        self.pool = va.Pool(budget_pages * self.page, backend=self.backend, background=False)
+        layout = va.KVLayout(  # four tokens a page, in each of two regions
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=self.page // TOKENS_PER_PAGE // 4,
+            dtype=torch.float32,
+            order="layer",
+        )
+        self.kv = va.KVAllocator(
+            layout,
+            max_sequences=slots,
+            max_seq_len=64,
+            pool=self.pool,
+            tail_slack_tokens=slack,
+            lookahead_tokens=0,
+            fence_timeout_s=timeout_s,
+        )
+        self.device = device
+
+    def grown(self, *lengths: int) -> va.Sequence:
+        """A sequence that has reached its length in steps: an extent or more for each."""
+        sequence = self.kv.allocate(lengths[0])
+        for tokens in lengths[1:]:
+            self.kv.step({sequence: tokens})
+        return sequence
+
+    def tokens(self, sequence: va.Sequence, first: int, last: int) -> torch.Tensor:
+        return torch.stack([tensor[sequence.slot, first:last] for tensor in self.kv.layer(0)])
+
+    def fill(self, sequence: va.Sequence, value: float) -> None:
+        for tensor in self.kv.layer(0):
+            tensor[sequence.slot, : sequence.length] = value
+
+    def mappings(self, slot: int | None = None) -> set[tuple[Any, ...]]:
+        return {m for m in self.kv.mappings() if slot is None or m[0] == slot}
+
+    def handles(self, sequence: va.Sequence) -> set[int]:
+        return {mapping[4] for mapping in self.mappings(sequence.slot)}
+
+    def given_up(self) -> int:
+        """Driver calls so far that take memory away from where it is."""
+        calls = self.backend.calls()
+        return calls.get("unmap", 0) + calls.get("destroy", 0)
+
+    def release(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.backend.release_fences()
+
+
+class Call(threading.Thread):
+    """A call in a thread of its own, which must be waiting for a fence before the test goes on."""
+
+    def __init__(self, rig: Rig, function: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.function = function
+        self.result: Any = None
+        self.error: BaseException | None = None
+        asked = rig.backend.calls().get("query", 0)
+        self.start()
+        deadline = time.monotonic() + DEADLINE_S
+        while self.is_alive() and rig.backend.calls().get("query", 0) < asked + 3:
+            assert time.monotonic() < deadline, "nobody asks whether the fence has passed"
+            time.sleep(0.0005)
+        if not self.is_alive():
+            self.finish()
+            raise AssertionError(f"it did not wait, but returned {self.result}")
+
+    def run(self) -> None:
+        try:
+            self.result = self.function()
+        except BaseException as error:
+            self.error = error
+
+    def finish(self) -> Any:
+        self.join(DEADLINE_S)
+        assert not self.is_alive(), "it waits for ever"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@on_every_device
+def test_freed_memory_is_not_touched_before_its_fence_has_passed(device: str) -> None:
+    rig = Rig(device)
+    old = rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    mapped, handles, given_up = rig.mappings(), rig.handles(old), rig.given_up()
+    old.free()
+    stats = rig.kv.stats()
+    assert (stats.retired_bytes, stats.cached_bytes) == (4 * rig.page, 0)
+
+    assert rig.pool.reclaim() == 0  # waits, and goes without
+    rig.pool.set_watermarks(0, rig.page)
+    new = rig.kv.allocate(8)  # takes another slot
+    assert new.slot != old.slot
+    assert rig.handles(new).isdisjoint(handles)
+    assert rig.given_up() == given_up
+    assert mapped <= rig.mappings()
+    rig.kv.check()
+
+    rig.release()
+    assert rig.pool.reclaim() == 4 * rig.page
+    assert rig.mappings() == rig.mappings(new.slot)
+    rig.kv.check()
+
+
+@on_every_device
+def test_allocation_waits_for_the_fence_of_the_only_slot(device: str) -> None:
+    rig = Rig(device, slots=1, timeout_s=DEADLINE_S)
+    old = rig.kv.allocate(8)
+    rig.fill(old, 7.0)
+    rig.backend.hold_fences()
+    mapped = rig.mappings()
+    old.free()
+    call = Call(rig, lambda: rig.kv.allocate(6))
+    assert rig.kv.stats().live_sequences == 0
+    rig.release()
+    new = call.finish()
+    assert rig.mappings(new.slot) == mapped
+    assert bool((rig.tokens(new, 0, 6) == 0).all())
+    rig.kv.check()
+
+
+@on_every_device
+def test_allocation_says_that_the_gpu_is_late_when_the_only_slot_stays_busy(device: str) -> None:
+    rig = Rig(device, slots=1)
+    old = rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    old.free()
+    before, mapped = rig.kv.stats(), rig.mappings()
+    with pytest.raises(va.OutOfSlots, match="the GPU did not finish with .* in time"):
+        rig.kv.allocate(8)
+    assert (rig.kv.stats(), rig.mappings()) == (before, mapped)
+    rig.kv.check()
+    rig.release()
+    assert rig.kv.allocate(8).length == 8
+
+
+@on_every_device
+def test_step_waits_for_the_fence_of_memory_that_was_freed(device: str) -> None:
+    rig = Rig(device, budget_pages=8, timeout_s=DEADLINE_S)
+    sequence, old = rig.kv.allocate(8), rig.kv.allocate(8)
+    rig.fill(sequence, 5.0)
+    rig.backend.hold_fences()
+    given_up = rig.given_up()
+    old.free()
+    call = Call(rig, lambda: rig.kv.step({sequence: 16}))
+    assert rig.given_up() == given_up
+    assert sequence.length == 8
+    rig.release()
+    call.finish()
+    assert sequence.length == 16
+    assert rig.mappings() == rig.mappings(sequence.slot)
+    assert bool((rig.tokens(sequence, 0, 8) == 5).all())
+    assert bool((rig.tokens(sequence, 8, 16) == 0).all())
+    rig.kv.check()
+
+
+@on_every_device
+def test_growth_says_that_the_gpu_is_late_when_freed_memory_stays_busy(device: str) -> None:
+    rig = Rig(device, budget_pages=8)
+    sequence, old = rig.kv.allocate(8), rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    old.free()
+    before, mapped = rig.kv.stats(), rig.mappings()
+    with pytest.raises(va.OutOfPages, match="the GPU did not finish with .* in time") as raised:
+        rig.kv.allocate(8)
+    error = raised.value
+    assert (error.needed, error.free) == (4 * rig.page, 0)
+    assert (error.reclaimable, error.budget) == (4 * rig.page, 8 * rig.page)
+    assert (rig.kv.stats(), rig.mappings()) == (before, mapped)
+    with pytest.raises(va.OutOfPages, match="the GPU did not finish in time"):
+        rig.pool.set_budget(4 * rig.page)
+    assert (rig.kv.stats(), rig.mappings()) == (before, mapped)
+    rig.kv.check()
+    rig.release()
+    rig.pool.set_budget(4 * rig.page)
+    assert rig.mappings() == rig.mappings(sequence.slot)
+
+
+@on_every_device
+def test_trimmed_memory_is_not_touched_before_its_fence_has_passed(device: str) -> None:
+    rig = Rig(device)
+    sequence = rig.grown(4, 12, 30)
+    rig.fill(sequence, 3.0)
+    rig.backend.hold_fences()
+    mapped, given_up = rig.mappings(), rig.given_up()
+    sequence.trim(4)
+    assert rig.kv.stats().retired_bytes == (16 - 2) * rig.page
+    other = rig.kv.allocate(20)
+    assert rig.handles(other).isdisjoint({mapping[4] for mapping in mapped})
+    assert rig.pool.reclaim() == 0
+    assert rig.given_up() == given_up
+    assert rig.mappings(sequence.slot) == mapped
+    rig.kv.check()
+
+    rig.release()
+    assert rig.pool.reclaim() == (16 - 2) * rig.page
+    assert sum(mapping[3] for mapping in rig.mappings(sequence.slot)) == 2 * rig.page
+    assert bool((rig.tokens(sequence, 0, 4) == 3).all())
+    rig.kv.check()
+
+
+@on_every_device
+def test_growth_takes_a_trimmed_tail_back_without_mapping_anything(device: str) -> None:
+    rig = Rig(device)
+    sequence = rig.grown(4, 12, 30)
+    rig.fill(sequence, 3.0)
+    rig.backend.hold_fences()
+    mapped = rig.mappings()
+    for tokens in (13, 5):
+        sequence.trim(tokens)
+    before = Counter(rig.backend.calls())
+    rig.kv.step({sequence: 30})
+    made = Counter(rig.backend.calls()) - before
+    assert made.keys().isdisjoint({"create", "map", "set_access", "unmap", "destroy"})
+    assert rig.mappings() == mapped
+    assert rig.kv.stats().retired_bytes == 0
+    assert bool((rig.tokens(sequence, 0, 5) == 3).all())
+    # What was in the part of a page that it kept is the sequence's own; the rest is as if new.
+    assert bool((rig.tokens(sequence, 12, 30) == 0).all())
+    rig.kv.check()
+    rig.release()
+    assert rig.pool.reclaim() == 0  # nothing is retired any more
+    assert rig.mappings() == mapped
+
+
+def test_tails_are_unmapped_in_the_order_they_were_trimmed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On the host a stream is but a number, and passes its fences when it is waited for.
+    rig = Rig("cpu")
+    sequence = rig.grown(4, 12, 30)
+    rig.fill(sequence, 3.0)
+    rig.backend.hold_fences()
+    given_up = rig.given_up()
+    streams = [11, 12]
+    for stream, tokens in zip(streams, (12, 4), strict=True):
+        monkeypatch.setattr(rig.kv, "_stream", lambda stream=stream: stream)
+        sequence.trim(tokens)
+
+    rig.backend.synchronize(streams[1])  # the inner tail's fence passes before the outer's
+    sequence.trim(4)
+    assert rig.given_up() == given_up
+    assert rig.kv.stats().retired_bytes == 14 * rig.page
+
+    rig.backend.synchronize(streams[0])
+    sequence.trim(4)
+    assert rig.given_up() == given_up + 4  # two tails in two regions
+    assert rig.kv.stats().retired_bytes == 0
+    rig.kv.check()
+
+
+def test_growth_maps_what_is_gone_behind_a_tail_that_it_takes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig("cpu")
+    sequence = rig.grown(4, 12, 30)
+    rig.fill(sequence, 3.0)
+    rig.backend.hold_fences()
+    for stream, tokens in [(11, 12), (12, 4)]:
+        monkeypatch.setattr(rig.kv, "_stream", lambda stream=stream: stream)
+        sequence.trim(tokens)
+    rig.backend.synchronize(11)
+    sequence.trim(4)  # the outer tail goes, the inner one is still in use
+    inner = rig.mappings()
+    assert sum(mapping[3] for mapping in inner) == 6 * rig.page
+    rig.kv.step({sequence: 30})
+    assert inner <= rig.mappings()
+    assert sum(mapping[3] for mapping in rig.mappings()) == 16 * rig.page
+    rig.fill(sequence, 4.0)
+    assert bool((rig.tokens(sequence, 0, 30) == 4).all())
+    rig.kv.check()
+
+
+@on_every_device
+def test_memory_below_a_window_is_not_touched_before_its_fence_has_passed(device: str) -> None:
+    rig = Rig(device)
+    sequence = rig.grown(4, 12, 30)
+    rig.fill(sequence, 3.0)
+    rig.backend.hold_fences()
+    mapped, given_up = rig.mappings(), rig.given_up()
+    sequence.trim_front(14)  # the first three pages of each region
+    assert rig.kv.stats().retired_bytes == 6 * rig.page
+    rig.kv.step({sequence: 40})  # does not wait for them
+    assert rig.given_up() == given_up
+    assert mapped <= rig.mappings()
+    assert bool((rig.tokens(sequence, 0, 30) == 3).all())
+    rig.kv.check()
+
+    rig.release()
+    mapped = rig.mappings()
+    starts = [tensor[sequence.slot].data_ptr() for tensor in rig.kv.layer(0)]
+    below = {m for m in mapped if m[2] < starts[m[1]] + 3 * rig.page}
+    assert rig.pool.reclaim() == 6 * rig.page
+    assert rig.mappings() == mapped - below
+    assert bool((rig.tokens(sequence, 14, 30) == 3).all())
+    rig.kv.check()
+
+
+@on_every_device
+def test_step_waits_for_the_fence_of_memory_below_its_own_window(device: str) -> None:
+    rig = Rig(device, budget_pages=16, timeout_s=DEADLINE_S)
+    sequence = rig.grown(4, 12, 32)
+    rig.backend.hold_fences()
+    sequence.trim_front(16)
+    call = Call(rig, lambda: rig.kv.step({sequence: 40}))
+    rig.release()
+    call.finish()
+    assert sequence.length == 40
+    rig.kv.check()
+
+
+@on_every_device
+def test_memory_of_an_emptied_sequence_is_not_handed_on_before_its_fence_has_passed(
+    device: str,
+) -> None:
+    rig = Rig(device, slots=2)
+    old = rig.kv.allocate(8)
+    handles = rig.handles(old)
+    rig.backend.hold_fences()
+    old.trim(0)
+    old.free()
+    given_up = rig.given_up()
+    new = rig.kv.allocate(8)
+    assert rig.handles(new).isdisjoint(handles)
+    assert new.slot != old.slot
+    with pytest.raises(va.OutOfSlots, match="in time"):
+        rig.kv.allocate(8)
+    assert rig.given_up() == given_up
+    rig.kv.check()
+    rig.release()
+    assert rig.kv.allocate(8).slot == old.slot
+    rig.kv.check()
+
+
+@on_every_device
+def test_slot_is_not_handed_on_before_what_was_below_its_window_is_unmapped(device: str) -> None:
+    rig = Rig(device, slots=2)
+    old = rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    old.trim_front(8)
+    old.free()
+    new = rig.kv.allocate(8)
+    assert new.slot != old.slot
+    rig.kv.check()
+    rig.release()
+    assert rig.kv.allocate(8).slot == old.slot
+    rig.kv.check()
+
+
+@on_every_device
+def test_slot_is_good_for_another_when_its_window_has_left_the_guard_only(device: str) -> None:
+    rig = Rig(device, slots=1, slack=6, timeout_s=DEADLINE_S)
+    old = rig.kv.allocate(4)
+    rig.kv.step({old: 8})  # two pages, and the guard behind them
+    assert {mapping[5] for mapping in rig.mappings()} == {"read", "read_write"}
+    old.trim_front(8)
+    old.free()
+    rig.kv.check()
+    new = rig.kv.allocate(20)
+    rig.fill(new, 5.0)
+    rig.kv.check()
+    new.free()
+    rig.pool.reclaim()
+    assert rig.mappings() == set()
+    assert rig.kv.stats().held_bytes == rig.kv.stats().guard_bytes
+
+
+@on_every_device
+def test_tail_and_run_stay_together_when_surplus_is_taken_while_the_tail_is_retired(
+    device: str,
+) -> None:
+    rig = Rig(device, budget_pages=20)
+    longer = va.KVAllocator(
+        rig.kv.layout,
+        max_sequences=1,
+        max_seq_len=64,
+        pool=rig.pool,
+        lookahead_tokens=8,  # which is what a trim leaves mapped
+        fence_timeout_s=0.05,
+    )
+    sequence = longer.allocate(4)
+    for tokens in (8, 12, 28):
+        longer.step({sequence: tokens})
+    keys = longer.layer(0)[0][sequence.slot]
+    keys[:28] = 3.0
+    rig.backend.hold_fences()
+    sequence.trim(4)
+    assert longer.stats().surplus_bytes == 4 * rig.page
+    assert longer.stats().retired_bytes == 8 * rig.page
+    # Six of twenty pages are free, and the fence is late: the surplus is what could be had.
+    with contextlib.suppress(va.OutOfPages):
+        rig.kv.allocate(20)
+    rig.kv.check()
+    longer.step({sequence: 8})
+    assert bool((keys[:4] == 3).all())
+    keys[:8] = 4.0
+    rig.kv.check()
+
+
+@on_every_device
+def test_nothing_is_unmapped_when_an_allocator_goes_and_the_gpu_cannot_be_waited_for(
+    device: str,
+) -> None:
+    for sticky in (False, True):
+        rig = Rig(device)
+        rig.grown(4, 12).trim(4)
+        rig.kv.allocate(8).free()
+        rig.kv.allocate(8)
+        rig.backend.hold_fences()
+        given_up = rig.given_up()
+        if sticky:
+            rig.backend.arm("synchronize_device", sticky=True)
+        rig.kv.close()
+        rig.kv = None
+        assert (rig.given_up() == given_up) == sticky
+        rig.pool.check()

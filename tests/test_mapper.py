@@ -1,0 +1,646 @@
+"""The background thread: it maps ahead, takes back what was given up, and gets in nobody's way."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import vattention as va
+from vattention import _core
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+REGIONS = 2
+TOKENS_PER_PAGE = 4
+LOOKAHEAD = 4  # tokens, and a page: a sequence of 8 that is mapped for 8 is short of a page
+DEADLINE_S = 20.0
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"still not: {what}"
+        time.sleep(0.0002)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_gate_closed() -> Iterator[None]:
+    """A test that has failed must not leave a thread behind that nobody can join."""
+    yield
+    for backend in Rig.backends:
+        backend.release_fences()
+        for call in backend.calls():
+            backend.unblock(call)
+    Rig.backends.clear()
+
+
+class Rig:
+    """An allocator with a background thread, over a backend with gates, faults and held fences."""
+
+    backends: ClassVar[list[_core.FaultyBackend]] = []
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        slots: int = 4,
+        budget_pages: int = 400,
+        max_seq_len: int = 64,
+        slack: int = 0,
+        **pool_options: Any,
+    ) -> None:
+        inner = _core.host_backend(4096) if device == "cpu" else _core.cuda_backend(0)
+        self.backend = _core.FaultyBackend(inner)
+        self.backends.append(self.backend)
+        self.page = self.backend.page_bytes
+        pool_options = {
+            name: pages * self.page if name.endswith("watermark") else pages
+            for name, pages in pool_options.items()
+        }
+        self.pool = va.Pool(budget_pages * self.page, backend=self.backend, **pool_options)
+        self.layout = va.KVLayout(
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=self.page // TOKENS_PER_PAGE // 4,
+            dtype=torch.float32,
+            order="layer",
+        )
+        self.slots, self.max_seq_len = slots, max_seq_len
+        self.kv = self.make_allocator(slack)
+
+    def make_allocator(self, slack: int) -> va.KVAllocator:
+        return va.KVAllocator(
+            self.layout,
+            max_sequences=self.slots,
+            max_seq_len=self.max_seq_len,
+            pool=self.pool,
+            tail_slack_tokens=slack,
+            lookahead_tokens=LOOKAHEAD,
+        )
+
+    def calls(self, name: str) -> int:
+        return self.backend.calls().get(name, 0)
+
+    def tensors(self, sequence: va.Sequence) -> list[torch.Tensor]:
+        return [tensor[sequence.slot] for tensor in self.kv.layer(0)]
+
+    def pages(self, sequence: va.Sequence) -> int:
+        """In each region."""
+        sizes = [m[3] for m in self.kv.mappings() if m[0] == sequence.slot and m[5] != "read"]
+        return sum(sizes) // self.page // REGIONS
+
+    def short_sequence(self) -> va.Sequence:
+        """One that is mapped for just what it has, and that its next step makes the thread grow.
+
+        The step itself needs no more than that.
+        """
+        sequence = self.kv.allocate(4)
+        until(lambda: self.pages(sequence) == 2, "the sequence is mapped for its lookahead")
+        return sequence
+
+    def at_the_gate(self) -> va.Sequence:
+        """A sequence that the thread is growing from two to three pages, halted before it maps."""
+        sequence = self.short_sequence()
+        self.halt_growth_of(sequence)
+        return sequence
+
+    def halt_growth_of(self, sequence: va.Sequence) -> None:
+        self.backend.block("map")
+        self.kv.step({sequence: 5})
+        assert self.backend.wait_blocked("map", DEADLINE_S)
+
+
+class Call(threading.Thread):
+    """A call in a thread of its own."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.function = function
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.function()
+        except BaseException as error:
+            self.error = error
+
+    def must_be_waiting(self) -> None:
+        # A call that wrongly does not wait is back long before this.
+        self.join(0.05)
+        assert self.is_alive(), f"it did not wait ({self.error})"
+
+    def finish(self) -> None:
+        self.join(DEADLINE_S)
+        assert not self.is_alive(), "it waits for ever"
+        if self.error is not None:
+            raise self.error
+
+
+@on_every_device
+def test_no_step_waits_when_sequences_grow_by_a_token_at_a_time(device: str) -> None:
+    tokens = 2500 if device == "cpu" else 300
+    rig = Rig(
+        device, budget_pages=4 * REGIONS * (tokens // TOKENS_PER_PAGE + 20), max_seq_len=tokens
+    )
+    sequences = rig.kv.allocate_batch(4, 4)
+    lengths = array("q", [4] * 4)
+
+    def is_ahead() -> bool:
+        wanted = rig.layout.mapped_bytes(min(lengths[0] + LOOKAHEAD, tokens), rig.page)
+        return rig.kv.stats().mapped_bytes >= 4 * wanted
+
+    for length in range(5, tokens + 1):
+        until(is_ahead, f"the thread has mapped ahead of {length} tokens")
+        lengths[:] = array("q", [length] * 4)
+        rig.kv.step(lengths)
+    stats = rig.kv.stats()
+    assert stats.steps == tokens - 4
+    assert stats.waited_steps == 0
+    assert stats.ahead_failures == 0
+    # After the first page of each sequence, the thread has mapped everything.
+    assert rig.calls("map") == 4 * REGIONS + stats.ahead_mappings
+    assert {sequence.length for sequence in sequences} == {tokens}
+    rig.kv.check()
+
+
+@on_every_device
+def test_step_waits_for_the_thread_when_it_is_growing_the_same_sequence(device: str) -> None:
+    rig = Rig(device)
+    sequence = rig.at_the_gate()
+    for tensor in rig.tensors(sequence):
+        tensor[:5] = 7.0
+    rig.kv.step({sequence: 8})  # what is mapped already does not wait
+    assert rig.kv.stats().waited_steps == 0
+    call = Call(lambda: rig.kv.step({sequence: 12}))
+    until(lambda: rig.kv.stats().waited_steps == 1, "the step waits")
+    call.must_be_waiting()
+    assert sequence.length == 8
+    rig.backend.unblock("map")
+    call.finish()
+    assert sequence.length == 12
+    until(lambda: rig.pages(sequence) == 4, "the thread is ahead again")
+    # Four pages in each region, each of them mapped once.
+    pool = rig.pool.stats()
+    assert rig.calls("map") == pool.maps == pool.mappings == 4 * REGIONS
+    assert rig.calls("create") == pool.creates == 4 * REGIONS
+    for tensor in rig.tensors(sequence):
+        assert bool((tensor[:5] == 7).all())
+        assert bool((tensor[5:12] == 0).all())
+    rig.kv.check()
+
+
+@on_every_device
+def test_others_do_not_wait_when_the_thread_is_growing_a_sequence(device: str) -> None:
+    rig = Rig(device)
+    sequence, idle, other = [rig.short_sequence() for _ in range(3)]
+    idle.free()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rig.halt_growth_of(sequence)
+    rig.kv.allocate(3)  # adopts the idle slot
+    rig.kv.step({other: 4})
+    other.trim(2)
+    other.free()
+    assert rig.kv.stats().live_sequences == 2
+    rig.pool.check()
+    assert sequence.length == 5
+    rig.backend.unblock("map")
+    until(lambda: rig.pages(sequence) == 3, "the thread has grown the sequence")
+    rig.kv.check()
+
+
+@on_every_device
+@pytest.mark.parametrize("operation", ["free", "trim", "trim_front", "close"])
+def test_operation_waits_for_the_thread_when_it_is_growing_the_sequence(
+    operation: str, device: str
+) -> None:
+    rig = Rig(device)
+    sequence = rig.at_the_gate()
+    tensor = rig.tensors(sequence)[0]
+    tensor[:5] = 7.0
+    call = Call(
+        {
+            "free": sequence.free,
+            "trim": lambda: sequence.trim(1),
+            "trim_front": lambda: sequence.trim_front(4),
+            "close": rig.kv.close,
+        }[operation]
+    )
+    call.must_be_waiting()
+    rig.backend.unblock("map")
+    call.finish()
+    rig.pool.check()
+    assert rig.calls("map") == 3 * REGIONS
+    if operation == "close":
+        assert bool((tensor[:5] == 7).all())  # a tensor outlives its allocator
+        assert rig.pool.stats().mappings == 3 * REGIONS
+    elif operation == "free":
+        assert not sequence.alive
+        until(lambda: rig.pool.reclaim() > 0, "the GPU has passed the fence")
+        assert rig.pool.stats().held_bytes == 0
+    elif operation == "trim":
+        until(lambda: rig.pages(sequence) == 2, "all but the lookahead is gone")
+        assert bool((tensor[:1] == 7).all())
+    else:
+        until(lambda: rig.pages(sequence) == 2, "the first page is gone")
+        assert bool((tensor[4:5] == 7).all())
+
+
+@on_every_device
+@pytest.mark.parametrize("kind", ["failed", "out_of_memory"])
+@pytest.mark.parametrize("call", ["create", "map", "set_access"])
+def test_failure_in_the_background_is_counted_and_made_good_by_the_step(
+    call: str, kind: str, device: str
+) -> None:
+    rig = Rig(device)
+    sequence = rig.short_sequence()
+    before = rig.kv.mappings()
+    rig.backend.arm(call, 2, kind)  # the second region's
+    rig.kv.step({sequence: 5})
+    until(lambda: rig.kv.stats().ahead_failures == 1, "the failure is counted")
+    assert rig.kv.mappings() == before
+    rig.kv.check()
+    rig.kv.step({sequence: 12})
+    assert sequence.length == 12
+    until(lambda: rig.pages(sequence) == 4, "the thread is ahead again")
+    assert rig.kv.stats().ahead_failures == 1
+    rig.kv.check()
+
+
+@on_every_device
+def test_lack_of_memory_in_the_background_is_counted_and_harmless(device: str) -> None:
+    rig = Rig(device, budget_pages=2 * REGIONS)
+    sequence = rig.short_sequence()
+    rig.kv.step({sequence: 5})
+    until(lambda: rig.kv.stats().ahead_failures > 0, "the failure is counted")
+    rig.kv.step({sequence: 8})
+    assert rig.kv.stats().waited_steps == 0
+    with pytest.raises(va.OutOfPages):
+        rig.kv.step({sequence: 9})
+    assert sequence.length == 8
+    rig.kv.check()
+
+
+@on_every_device
+def test_every_sequence_is_mapped_ahead_when_many_others_have_guards(device: str) -> None:
+    # A guard makes room in steps only: those that have one, and are near its start for ever, must
+    # not keep the thread from the rest.
+    rig = Rig(device, slots=12, max_seq_len=256, slack=32)
+    guarded = rig.kv.allocate_batch(11, 1)
+    assert len([m for m in rig.kv.mappings() if m[5] == "read"]) == 11 * REGIONS
+    last = rig.kv.allocate(40)  # has slack of its own
+    assert last.slot > max(sequence.slot for sequence in guarded)
+    until(lambda: rig.pages(last) >= (40 + 32 + LOOKAHEAD) // TOKENS_PER_PAGE, "it is mapped ahead")
+    rig.kv.check()
+
+
+@on_every_device
+def test_thread_makes_progress_when_the_gil_is_held(device: str) -> None:
+    rig = Rig(device)
+    sequence = rig.at_the_gate()
+    ahead = rig.kv.stats().ahead_mappings
+    hold_the_gil_and_sleep = ctypes.PyDLL(None).usleep
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)  # nobody can ask this thread for the GIL
+    try:
+        rig.backend.unblock("map")
+        deadline = time.monotonic() + DEADLINE_S
+        # Nothing in this loop lets go of it.
+        while rig.kv.stats().ahead_mappings == ahead and time.monotonic() < deadline:
+            hold_the_gil_and_sleep(1000)
+        done = rig.kv.stats().ahead_mappings
+    finally:
+        sys.setswitchinterval(interval)
+    assert done == ahead + REGIONS
+    assert rig.pages(sequence) == 3
+
+
+@on_every_device
+def test_trimmed_memory_goes_back_by_itself_once_its_fence_has_passed(device: str) -> None:
+    rig = Rig(device)
+    sequence = rig.kv.allocate(12)
+    until(lambda: rig.pages(sequence) == 4, "the thread is ahead")
+    rig.backend.hold_fences()
+    sequence.trim(1)
+    unmaps, asked = rig.calls("unmap"), rig.calls("query")
+    until(lambda: rig.calls("query") > asked + 3, "the thread looks at the fence")
+    assert rig.kv.stats().retired_bytes > 0
+    assert rig.calls("unmap") == unmaps
+    rig.backend.release_fences()
+    until(lambda: rig.kv.stats().retired_bytes == 0, "the thread has collected it")
+    assert rig.calls("unmap") > unmaps
+    rig.kv.check()
+
+
+@on_every_device
+def test_idle_memory_above_the_watermark_goes_back_by_itself_once_its_fence_has_passed(
+    device: str,
+) -> None:
+    rig = Rig(device, high_watermark=1)
+    sequence = rig.kv.allocate(12)
+    until(lambda: rig.pages(sequence) == 4, "the thread is ahead")
+    rig.backend.hold_fences()
+    sequence.free()
+    asked = rig.calls("query")
+    until(lambda: rig.calls("query") > asked + 3, "the thread looks at the fence")
+    assert rig.pool.stats().held_bytes == 4 * REGIONS * rig.page
+    rig.backend.release_fences()
+    until(lambda: rig.pool.stats().held_bytes <= rig.page, "the memory is given back")
+    rig.kv.check()
+
+
+def thread_ids() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def test_one_thread_is_started_with_a_pool_and_ended_with_it() -> None:
+    def make(background: bool) -> va.Pool:
+        return va.Pool(1 << 20, backend=_core.host_backend(4096), background=background)
+
+    before = thread_ids()
+    without = make(background=False)
+    assert thread_ids() <= before
+    with_thread = make(background=True)
+    started = thread_ids() - before
+    assert len(started) == 1
+    del with_thread, without
+    until(lambda: not started & thread_ids(), "its thread is gone")
+
+
+def test_thread_is_joined_when_the_interpreter_exits_in_the_middle_of_its_work() -> None:
+    script = """
+import atexit, os, time
+
+threads = lambda: set(os.listdir("/proc/self/task"))
+
+def report():
+    deadline = time.monotonic() + 10
+    while started & threads() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    print("running" if started & threads() else "joined")
+
+atexit.register(report)  # runs after what is registered later
+
+import torch
+import vattention as va
+
+before = threads()
+kv = va.KVAllocator(
+    va.KVLayout(num_layers=8, num_kv_heads=1, head_dim=64, dtype=torch.float32, order="layer"),
+    max_sequences=8, max_seq_len=1 << 16, memory="1GiB", device="cpu", page_bytes=4096,
+    lookahead_tokens=1024, low_watermark="1MiB",
+)
+started = threads() - before
+assert len(started) == 1
+keys, _ = kv.layer(0)
+sequences = kv.allocate_batch(8, 1)
+for tokens in range(2, 200):
+    kv.step({sequence: tokens * 16 for sequence in sequences})
+sequences[0].free()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "joined\n", "")
+
+
+class Worker(Call):
+    """Begins, grows, trims and frees sequences at random, and looks at what they hold."""
+
+    def __init__(self, kv: va.KVAllocator, random_seed: int, seconds: float) -> None:
+        self.kv = kv
+        self.random = random.Random(random_seed)
+        self.seconds = seconds
+        self.sequences: dict[va.Sequence, tuple[int, int]] = {}  # first token, value
+        self.done = {"allocate": 0, "step": 0, "trim": 0, "trim_front": 0, "free": 0, "refused": 0}
+        super().__init__(self.work)
+
+    def work(self) -> None:
+        deadline = time.monotonic() + self.seconds
+        while time.monotonic() < deadline:
+            try:
+                self.one_operation()
+            except (va.OutOfPages, va.OutOfSlots):
+                self.done["refused"] += 1
+                if self.sequences:
+                    self.free(self.random.choice(list(self.sequences)))
+        while self.sequences:
+            self.free(next(iter(self.sequences)))
+
+    def one_operation(self) -> None:
+        if not self.sequences or self.random.random() < 0.15:
+            tokens = self.random.randint(0, 40)
+            sequence = self.kv.allocate(tokens)
+            value = self.random.randint(1, 1 << 20)
+            self.sequences[sequence] = (0, value)
+            self.fill(sequence, 0, tokens)
+            self.done["allocate"] += 1
+            return
+        choice = self.random.random()
+        if choice < 0.6:
+            some = self.random.sample(
+                list(self.sequences), self.random.randint(1, len(self.sequences))
+            )
+            before = {sequence: sequence.length for sequence in some}
+            growth = self.random.choice((1, 1, 1, 5, 20))
+            self.kv.step({sequence: min(64, before[sequence] + growth) for sequence in some})
+            for sequence in some:
+                self.fill(sequence, before[sequence], sequence.length)
+            self.done["step"] += 1
+            return
+        sequence = self.random.choice(list(self.sequences))
+        first, value = self.sequences[sequence]
+        length = sequence.length
+        if choice < 0.75:
+            sequence.trim(self.random.randint(first, length))
+            self.done["trim"] += 1
+        elif choice < 0.85:
+            first = self.random.randint(first, length)
+            self.sequences[sequence] = (first, value)
+            sequence.trim_front(first)
+            self.done["trim_front"] += 1
+        else:
+            self.free(sequence)
+
+    def fill(self, sequence: va.Sequence, start: int, end: int) -> None:
+        for tensor in self.kv.layer(0):
+            new = tensor[sequence.slot, start:end]
+            value = self.sequences[sequence][1]  # may be there from before a trim
+            assert bool(((new == 0) | (new == value)).all()), "new tokens are another's"
+            new.fill_(value)
+
+    def free(self, sequence: va.Sequence) -> None:
+        first, value = self.sequences.pop(sequence)
+        for tensor in self.kv.layer(0):
+            held = tensor[sequence.slot, first : sequence.length]
+            assert bool((held == value).all()), "a sequence does not hold what was written to it"
+        sequence.free()
+        self.done["free"] += 1
+
+
+@on_every_device
+def test_contents_and_counts_are_right_when_threads_share_a_pool(device: str, seed: int) -> None:
+    rig = Rig(device, slots=6, budget_pages=60, high_watermark=30, low_watermark=4)
+    allocators = [rig.kv, rig.make_allocator(slack=6)]
+    workers = [Worker(allocators[i % 2], seed * 10 + i, seconds=1.0) for i in range(4)]
+    budgets = itertools.cycle([60, 50])
+    while any(worker.is_alive() for worker in workers):
+        rig.backend.hold_fences()
+        time.sleep(0.002)
+        rig.pool.check()
+        rig.backend.release_fences()
+        rig.pool.reclaim()
+        with contextlib.suppress(va.OutOfPages):
+            rig.pool.set_budget(next(budgets) * rig.page)
+    for worker in workers:
+        worker.finish()
+    done = {name: sum(worker.done[name] for worker in workers) for name in workers[0].done}
+    assert min(done.values()) > 0, done
+    for kv in allocators:
+        kv.check()
+        stats = kv.stats()
+        assert (stats.live_sequences, stats.live_tokens, stats.mapped_bytes) == (0, 0, 0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rig.pool.set_watermarks(0)
+    guard_bytes = allocators[1].stats().guard_bytes
+
+    def nothing_is_held() -> bool:
+        rig.pool.reclaim()
+        return rig.pool.stats().held_bytes == guard_bytes
+
+    until(nothing_is_held, "all but the guard is given back")
+    assert rig.pool.stats().mappings == 0
+
+
+@on_every_device
+def test_counts_are_right_when_a_step_waits_for_the_readers_of_a_guard(device: str) -> None:
+    rig = Rig(device, slack=6, background=False)
+    sequence = rig.kv.allocate(4)
+    rig.backend.block("synchronize")
+    step = Call(lambda: rig.kv.step({sequence: 20}))
+    assert rig.backend.wait_blocked("synchronize", DEADLINE_S)
+    try:
+        rig.pool.check()
+        assert sequence.length == 4
+    finally:
+        rig.backend.unblock("synchronize")
+    step.finish()
+    rig.pool.check()
+
+
+def full_pool(device: str) -> tuple[Rig, va.Sequence, va.Sequence]:
+    """A rig whose memory is used up, a sequence with a page to spare in each region, and another.
+
+    The spare pages are ready: the sequence could grow into them without a driver call.
+    """
+    rig = Rig(device, budget_pages=6 * REGIONS, background=False)
+    spare = rig.kv.allocate(4)
+    rig.kv.step({spare: 8})
+    spare.trim(4)  # leaves its lookahead mapped
+    growing = rig.kv.allocate(16)
+    assert (rig.pages(spare), rig.pages(growing)) == (2, 4)
+    assert rig.kv.stats().surplus_bytes == REGIONS * rig.page
+    return rig, spare, growing
+
+
+@on_every_device
+def test_step_waits_when_what_it_would_use_is_being_taken_for_another(device: str) -> None:
+    rig, spare, growing = full_pool(device)
+    rig.backend.block("unmap")
+    growth = Call(lambda: rig.kv.step({growing: 20}))
+    assert rig.backend.wait_blocked("unmap", DEADLINE_S)
+    step = Call(lambda: rig.kv.step({spare: 8}))
+    step.must_be_waiting()
+    rig.backend.unblock("unmap")
+    growth.finish()
+    with pytest.raises(va.OutOfPages):
+        step.finish()
+    assert (spare.length, growing.length) == (4, 20)
+    assert (rig.pages(spare), rig.pages(growing)) == (1, 5)
+    rig.kv.check()
+
+
+@on_every_device
+def test_step_does_not_take_from_one_of_its_sequences_what_that_is_to_have(device: str) -> None:
+    rig, spare, growing = full_pool(device)
+    with pytest.raises(va.OutOfPages):
+        rig.kv.step({spare: 8, growing: 20})
+    assert (spare.length, growing.length) == (4, 16)
+    assert (rig.pages(spare), rig.pages(growing)) == (2, 4)
+    rig.kv.check()
+
+
+@on_every_device
+def test_step_takes_from_one_of_its_sequences_what_that_does_not_need(device: str) -> None:
+    rig = Rig(device, budget_pages=8 * REGIONS, background=False)
+    spare = rig.kv.allocate(4)
+    for tokens in (8, 16):
+        rig.kv.step({spare: tokens})  # has extents of one, one and two pages
+    spare.free()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    spare = rig.kv.allocate(0)
+    growing = rig.kv.allocate(16)
+    assert (rig.pages(spare), rig.pages(growing)) == (4, 4)
+    rig.kv.step({spare: 8, growing: 24})
+    assert (rig.pages(spare), rig.pages(growing)) == (2, 6)
+    rig.kv.check()
+
+
+@on_every_device
+def test_step_waits_when_the_thread_turns_from_one_of_its_sequences_to_another(
+    device: str,
+) -> None:
+    rig = Rig(device)
+    first, second = rig.short_sequence(), rig.short_sequence()
+    rig.halt_growth_of(second)
+    step = Call(lambda: rig.kv.step({first: 12, second: 12}))
+    until(lambda: rig.kv.stats().waited_steps == 1, "the step waits for the second")
+    step.must_be_waiting()
+    rig.kv.step({first: 5})  # leaves work for the thread, which does it next
+    rig.backend.block("create")
+    rig.backend.unblock("map")
+    assert rig.backend.wait_blocked("create", DEADLINE_S)
+    step.must_be_waiting()
+    rig.backend.unblock("create")
+    step.finish()
+    until(lambda: rig.pages(first) == rig.pages(second) == 4, "the thread is ahead again")
+    assert rig.calls("map") == rig.pool.stats().maps == 2 * 4 * REGIONS
+    rig.kv.check()
+
+
+def test_allocator_can_go_when_the_driver_has_failed_in_a_reclaim_that_waited() -> None:
+    rig = Rig(background=False)
+    rig.kv.allocate(8).free()
+    sequence = rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    sequence.free()
+    asked = rig.calls("query")
+    call = Call(rig.pool.reclaim)
+    until(lambda: rig.calls("query") > asked + 3, "it waits for the fence")
+    rig.backend.arm("unmap")
+    rig.backend.release_fences()
+    with pytest.raises(va.BackendError):
+        call.finish()
+    rig.kv.check()
+    del sequence, call
+    rig.kv.close()
+    rig.kv = None
+    rig.pool.reclaim()
+    assert rig.pool.stats().held_bytes == 0
