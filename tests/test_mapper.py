@@ -625,6 +625,28 @@ def test_step_waits_when_the_thread_turns_from_one_of_its_sequences_to_another(
     rig.kv.check()
 
 
+@on_every_device
+def test_allocate_waits_when_the_only_free_slot_is_being_emptied(device: str) -> None:
+    rig = Rig(device, slots=2, background=False)
+    rig.kv.allocate(8)
+    freed = rig.kv.allocate(8)
+    freed.free()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rig.backend.block("unmap")
+    reclaim = Call(rig.pool.reclaim)
+    assert rig.backend.wait_blocked("unmap", DEADLINE_S)
+    made: list[va.Sequence] = []
+    allocate = Call(lambda: made.append(rig.kv.allocate(8)))
+    allocate.must_be_waiting()
+    rig.backend.unblock("unmap")
+    reclaim.finish()
+    allocate.finish()
+    assert made[0].slot == freed.slot
+    assert rig.pages(made[0]) == 2
+    rig.kv.check()
+
+
 def test_allocator_can_go_when_the_driver_has_failed_in_a_reclaim_that_waited() -> None:
     rig = Rig(background=False)
     rig.kv.allocate(8).free()

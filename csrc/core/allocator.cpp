@@ -297,6 +297,13 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
       require_open();
       continue;
     }
+    if (possible && std::any_of(slots_.begin(), slots_.end(), [](const Slot& slot) {
+          return slot.busy && slot.state != SlotState::live;
+        })) {
+      pool_->wait_for_change(lock);  // one is being emptied
+      require_open();
+      continue;
+    }
     if (possible && (pool_->collect(lock) || (late_slots() > 0 && wait_for_a_fence(lock)))) {
       require_open();
       continue;
