@@ -160,10 +160,9 @@ class KVAllocator:
         All of them, or none. Raises what :meth:`allocate` raises, :class:`OutOfSlots` also when
         free slots are too scattered.
         """
-        core = self._open()
         count = check_int(num_sequences, name="num_sequences", minimum=1)
         tokens = check_int(num_tokens, name="num_tokens", minimum=0)
-        ids = core.allocate(count, tokens, self._stream())
+        ids = self._open().allocate(count, tokens, self._stream())
         return [Sequence(self, slot, generation) for slot, generation in ids]
 
     def step(self, lengths: Mapping[Sequence, int] | Any) -> None:
@@ -185,7 +184,6 @@ class KVAllocator:
             ConfigError: a length is less than before, or `lengths` is neither form.
             BackendError: the driver refused; no length has changed.
         """
-        core = self._open()
         if isinstance(lengths, torch.Tensor):
             if not lengths.is_cpu or lengths.dtype is not torch.int64 or lengths.is_sparse:
                 raise ConfigError(
@@ -194,10 +192,11 @@ class KVAllocator:
                 )
             lengths = lengths.numpy()
         elif isinstance(lengths, Mapping):
-            core.step_sequences(self._read_lengths(lengths), self._stream())
+            self._open().step_sequences(self._read_lengths(lengths), self._stream())
             return
-        if not core.try_step_lengths(lengths):
-            core.step_lengths(lengths, self._stream())
+        # No name for the core: the traceback of an error that somebody keeps would keep it too.
+        if not self._open().try_step_lengths(lengths):
+            self._open().step_lengths(lengths, self._stream())
 
     def stats(self) -> KVStats:
         """What is reserved, mapped and used now, and what has been done."""

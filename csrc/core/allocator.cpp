@@ -157,8 +157,7 @@ void Allocator::hold_back(std::uint32_t index) noexcept {
   ready_[index] = std::min(ready_[index], lengths_[index]);
 }
 
-// What of a run the sequence may need: its tokens, its slack, and its growth. A guarded run is
-// short and needs all it has.
+// What of a run the sequence may need: its tokens, its slack, and its growth.
 std::size_t Allocator::surplus_from(std::uint32_t slot, std::uint32_t region,
                                     std::int64_t growth_tokens) const noexcept {
   const std::int64_t length = std::max(lengths_[slot], slots_[slot].claimed);
@@ -329,7 +328,10 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
     slot.generation = id.generation;
     slot.first_token = 0;
     lengths_[id.slot] = 0;
-    for (Run& run : slot.runs) run.clean_end = pool_->config().zero ? 0 : run.end;
+    for (Run& run : slot.runs) {
+      if (run.empty()) run = Run{};  // it may have ended anywhere
+      run.clean_end = pool_->config().zero ? 0 : run.end;
+    }
     refresh(id.slot);
   }
   try {
@@ -481,15 +483,15 @@ void Allocator::trim(SequenceId id, std::int64_t tokens, Stream stream) {
   };
   std::vector<std::uint32_t> cut;
   for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
-    if (!slot.runs[r].guarded && kept(r) < slot.runs[r].mappings.size()) cut.push_back(r);
+    if (kept(r) < slot.runs[r].mappings.size()) cut.push_back(r);
   }
   try {
     retire(slot, true, cut, stream, [&](std::uint32_t r) {
       Run& run = slot.runs[r];
       const auto first = run.mappings.begin() + static_cast<std::ptrdiff_t>(kept(r));
-      std::vector<Mapping> gone(first, run.mappings.end());
+      Cut gone{r, std::exchange(run.guarded, false), {first, run.mappings.end()}};
       run.mappings.erase(first, run.mappings.end());
-      run.end = gone.front().page;
+      run.end = gone.first();
       run.clean_end = std::min(run.clean_end, run.end);
       return gone;
     });
@@ -524,8 +526,8 @@ void Allocator::trim_front(SequenceId id, std::int64_t first_token, Stream strea
   retire(slot, false, cut, stream, [&](std::uint32_t r) {
     Run& run = slot.runs[r];
     const auto last = run.mappings.begin() + static_cast<std::ptrdiff_t>(gone_below(r));
-    std::vector<Mapping> gone(run.mappings.begin(), last);
-    run.front = gone.back().page + gone.back().extent->pages();
+    Cut gone{r, false, {run.mappings.begin(), last}};
+    run.front = gone.last();
     run.mappings.erase(run.mappings.begin(), last);
     return gone;
   });
@@ -620,12 +622,14 @@ AllocatorStats Allocator::stats() const {
       for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
         const Run& run = slot.runs[r];
         const std::size_t first = run.first_above(surplus_from(i, r, 0));
-        if (!run.guarded && first < run.mappings.size()) {
+        if (first < run.mappings.size()) {
           stats.surplus_bytes += (run.end - run.mappings[first].page) * page_bytes_;
         }
       }
     } else if (slot.state == SlotState::cached) {
-      (slot.fence_pending ? stats.retired_bytes : stats.cached_bytes) += mapped;
+      bool passed = !slot.fence_pending;
+      if (!passed && !backend().query(slot.fence, &passed).ok()) passed = false;
+      (passed ? stats.cached_bytes : stats.retired_bytes) += mapped;
     }
     if (slot.state == SlotState::empty || slot.state == SlotState::cached) ++stats.free_slots;
     for (const Retired& retired : slot.retired) {
@@ -647,20 +651,23 @@ std::vector<MappingInfo> Allocator::mappings() const {
     all.push_back({slot, region, page_address(slot, region, page), extent.pages() * page_bytes_,
                    extent.handle, access});
   };
+  const auto add_guard = [&](std::uint32_t slot, std::uint32_t region, std::size_t from) {
+    for (std::size_t page = 0; page < config_.guard_pages; page += guard_->pages()) {
+      add(slot, region, from + page, *guard_, Access::read);
+    }
+  };
   for (std::uint32_t s = 0; s < slots_.size(); ++s) {
     for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
       const Run& run = slots_[s].runs[r];
       for (const Mapping& m : run.mappings) add(s, r, m.page, *m.extent, Access::read_write);
-      for (std::size_t page = 0; run.guarded && page < config_.guard_pages;
-           page += guard_->pages()) {
-        add(s, r, run.end + page, *guard_, Access::read);
-      }
+      if (run.guarded) add_guard(s, r, run.end);
     }
     for (const Retired& retired : slots_[s].retired) {
       for (const Cut& cut : retired.cuts) {
         for (const Mapping& m : cut.mappings) {
           add(s, cut.region, m.page, *m.extent, Access::read_write);
         }
+        if (cut.guarded) add_guard(s, cut.region, cut.last());
       }
     }
   }

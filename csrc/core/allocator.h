@@ -134,10 +134,16 @@ class Allocator {
     cached,  // freed, still mapped; adoptable once its fence has passed
     broken,  // something is mapped in it that the driver would not undo
   };
-  // Mappings cut off a run and not yet unmapped.
+  // Mappings cut off a run and not yet unmapped: pages [first, last), and a guard behind them.
   struct Cut {
     std::uint32_t region;
-    std::vector<Mapping> mappings;
+    bool guarded;
+    std::vector<Mapping> mappings;  // not empty
+
+    [[nodiscard]] std::size_t first() const noexcept { return mappings.front().page; }
+    [[nodiscard]] std::size_t last() const noexcept {
+      return mappings.back().page + mappings.back().extent->pages();
+    }
   };
   // Entries of a slot are unmapped first in, first out, so that what is left of a tail always
   // touches the run's end.
@@ -258,6 +264,7 @@ class Allocator {
   void plan_retired(Work& work, std::vector<Unmapping>& unmappings);
   std::size_t plan_surplus(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
   void finish_unmapping(const Unmapping& unmapping);
+  void release_guard();  // one behind a run
   // A freed slot that has nothing left is empty.
   void settle_cached(Slot& slot) const noexcept;
   void unmap_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot,
@@ -270,7 +277,7 @@ class Allocator {
     if (regions.empty()) return;
     slot.retired.reserve(slot.retired.size() + 1);
     Retired retired{record_fence(slot, stream), tail, {}};
-    for (const std::uint32_t region : regions) retired.cuts.push_back({region, cut(region)});
+    for (const std::uint32_t region : regions) retired.cuts.push_back(cut(region));
     slot.retired.push_back(std::move(retired));
     ++retired_entries_;
   }

@@ -70,8 +70,10 @@ void Allocator::check_locked(std::map<const Extent*, std::size_t>* owners) const
     if (slot.busy) continue;
     for (const Retired& retired : slot.retired) {
       always(!retired.cuts.empty(), "a retired entry is empty");
-      for (const Cut& cut : retired.cuts)
+      for (const Cut& cut : retired.cuts) {
         std::for_each(cut.mappings.begin(), cut.mappings.end(), own);
+        if (cut.guarded) (*owners)[guard_] += guard_count();
+      }
     }
     for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
       const Run& run = slot.runs[r];

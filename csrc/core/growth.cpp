@@ -341,8 +341,9 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
     }
     for (Cut& cut : retired.cuts) {
       Run& run = slot.runs[cut.region];
-      if (run.mappings.empty()) run.front = cut.mappings.front().page;
-      run.end = cut.mappings.back().page + cut.mappings.back().extent->pages();
+      if (run.mappings.empty()) run.front = cut.first();
+      run.end = cut.last();
+      run.guarded = cut.guarded;
       run.mappings.insert(run.mappings.end(), cut.mappings.begin(), cut.mappings.end());
     }
     pool_->return_fence(retired.fence);
@@ -396,8 +397,13 @@ void Allocator::make_guard() {
   Lock lock = pool_->lock();
   const std::uint8_t order = std::min(max_order_, order_within(config_.guard_pages));
   const std::size_t bytes = (std::size_t{1} << order) * page_bytes_;
-  if (bytes > pool_->available_bytes()) {
-    throw_out_of_pages(bytes, pool_->available_bytes(), "no room for the guard");
+  while (bytes > pool_->available_bytes()) {
+    const std::size_t missing = bytes - pool_->available_bytes();
+    if (missing <= pool_->reclaimable_bytes() && pool_->reclaim_some(lock, missing, true)) continue;
+    if (!pool_->working()) {
+      throw_out_of_pages(bytes, pool_->available_bytes(), "no room for the guard");
+    }
+    pool_->wait_for_change(lock);
   }
   Work work;
   pool_->take(work, {order});

@@ -403,6 +403,7 @@ std::size_t Pool::give_back_idle(Lock& lock) {
 
 std::size_t Pool::reclaim() {
   Lock guard = lock();
+  while (working_ > 0) wait_for_change(guard);  // what others carry may be idle memory
   std::size_t gone = give_back_idle(guard);
   for (std::size_t i = 0; i < allocators_.size(); ++i) {
     Allocator* allocator = allocators_[i];

@@ -60,10 +60,9 @@ void Allocator::plan_retired(Work& work, std::vector<Unmapping>& unmappings) {
       bool passed = false;
       if (!backend().query(retired.fence, &passed).ok() || !passed) break;
       for (const Cut& cut : retired.cuts) {
-        const Mapping& last = cut.mappings.back();
-        const std::size_t pages = last.page + last.extent->pages() - cut.mappings.front().page;
+        const std::size_t end = cut.last() + (cut.guarded ? config_.guard_pages : 0);
         work.unmaps.push_back(
-            {page_address(i, cut.region, cut.mappings.front().page), pages * page_bytes_});
+            {page_address(i, cut.region, cut.first()), (end - cut.first()) * page_bytes_});
         unmappings.push_back({this, i, cut.region, 0, retired.fence});
       }
     }
@@ -75,9 +74,10 @@ bool Allocator::has_retired_tail(const Slot& slot) noexcept {
                      [](const Retired& retired) { return retired.tail; });
 }
 
-// Whole extents that live sequences do not need now, but for those that a retired tail touches,
-// which growth may want to put back behind them. The device has to be synchronized before they
-// are unmapped: they may still be cleared, or be what a trim has left to running kernels.
+// Whole extents that live sequences do not need now, but, until its fence has passed, for those
+// that a retired tail touches: growth may want to put that back behind them. The device has to be
+// synchronized before they are unmapped: they may still be cleared, or be what a trim has left to
+// running kernels.
 std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappings,
                                     std::size_t bytes) {
   if (closed_) return 0;
@@ -88,7 +88,7 @@ std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappin
     for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
       const Run& run = slot.runs[r];
       const std::size_t first = run.first_above(surplus_from(i, r, 0));
-      if (run.guarded || first == run.mappings.size()) continue;
+      if (first == run.mappings.size()) continue;
       planned += (run.end - run.mappings[first].page) * page_bytes_;
       unmap_later(work, unmappings, i, r, first);
     }
@@ -104,6 +104,7 @@ void Allocator::finish_unmapping(const Unmapping& unmapping) {
     const auto cut = std::find_if(entry->cuts.begin(), entry->cuts.end(),
                                   [&](const Cut& c) { return c.region == unmapping.region; });
     for (const Mapping& mapping : cut->mappings) pool_->release(mapping.extent);
+    if (cut->guarded) release_guard();
     entry->cuts.erase(cut);
     if (entry->cuts.empty()) {
       pool_->return_fence(entry->fence);
@@ -114,10 +115,7 @@ void Allocator::finish_unmapping(const Unmapping& unmapping) {
     return;
   }
   Run& run = slot.runs[unmapping.region];
-  if (run.guarded) {
-    for (std::size_t i = 0; i < guard_count(); ++i) pool_->release(guard_);
-    run.guarded = false;
-  }
+  if (std::exchange(run.guarded, false)) release_guard();
   const auto first = run.mappings.begin() + static_cast<std::ptrdiff_t>(unmapping.first);
   run.end = first->page;
   run.clean_end = std::min(run.clean_end, run.end);
@@ -126,6 +124,10 @@ void Allocator::finish_unmapping(const Unmapping& unmapping) {
   }
   run.mappings.erase(first, run.mappings.end());
   settle_cached(slot);
+}
+
+void Allocator::release_guard() {
+  for (std::size_t i = 0; i < guard_count(); ++i) pool_->release(guard_);
 }
 
 void Allocator::settle_cached(Slot& slot) const noexcept {
@@ -154,11 +156,11 @@ std::size_t Allocator::reclaimable_bytes() const {
         for (const Mapping& m : cut.mappings) bytes += m.extent->pages() * page_bytes_;
       }
     }
-    if (slot.state != SlotState::live || has_retired_tail(slot)) continue;
+    if (slot.state != SlotState::live) continue;
     for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
       const Run& run = slot.runs[r];
       const std::size_t first = run.first_above(surplus_from(i, r, 0));
-      if (run.guarded || first == run.mappings.size()) continue;
+      if (first == run.mappings.size()) continue;
       bytes += (run.end - run.mappings[first].page) * page_bytes_;
     }
   }
@@ -197,10 +199,12 @@ void Allocator::tear_down() noexcept {
       }
       for (const Retired& retired : slot.retired) {
         for (const Cut& cut : retired.cuts) {
-          const Mapping& last = cut.mappings.back();
-          const bool done =
-              unmap(s, cut.region, cut.mappings.front().page, last.page + last.extent->pages());
+          const std::size_t end = cut.last() + (cut.guarded ? config_.guard_pages : 0);
+          const bool done = unmap(s, cut.region, cut.first(), end);
           for (const Mapping& m : cut.mappings) pool_->forget(m.extent, done);
+          for (std::size_t i = 0; cut.guarded && i < guard_count(); ++i) {
+            pool_->forget(guard_, done);
+          }
         }
         pool_->return_fence(retired.fence);
       }
