@@ -439,7 +439,7 @@ void Pool::lower(Lock& lock) noexcept {
     while (idle() > config_.high_bytes) {
       const std::size_t excess = idle() - config_.high_bytes;
       const std::size_t keep = free_bytes_ > excess ? free_bytes_ - excess : 0;
-      if (shrink(lock, keep) == 0 && evict(lock, excess) == 0) return;
+      if (shrink(lock, keep) == 0 && evict(lock, excess) == 0 && !collect(lock)) return;
     }
   } catch (const std::exception& error) {
     trace(1, "idle memory was not given back:", error.what());
