@@ -307,6 +307,8 @@ def _git_state() -> tuple[str | None, bool | None]:
     if not (ROOT / ".git").exists():
         return None, None
     commit = _output_of("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None, None
     # The lock would get into the way of somebody who works in the same tree. Results do not count:
     # one benchmark's file is no change to what the next one measures.
     changes = _output_of(

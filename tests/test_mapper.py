@@ -647,6 +647,26 @@ def test_allocate_waits_when_the_only_free_slot_is_being_emptied(device: str) ->
     rig.kv.check()
 
 
+@on_every_device
+def test_memory_counts_against_the_budget_until_it_is_destroyed(device: str) -> None:
+    rig = Rig(device, budget_pages=2 * REGIONS, background=False)
+    rig.kv.allocate(8).free()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rig.backend.block("destroy")
+    reclaim = Call(rig.pool.reclaim)
+    assert rig.backend.wait_blocked("destroy", DEADLINE_S)
+    creates = rig.calls("create")
+    allocate = Call(lambda: rig.kv.allocate(8))
+    allocate.must_be_waiting()
+    assert rig.calls("create") == creates
+    rig.backend.unblock("destroy")
+    reclaim.finish()
+    allocate.finish()
+    assert rig.pool.stats().held_bytes == 2 * REGIONS * rig.page
+    rig.kv.check()
+
+
 def test_allocator_can_go_when_the_driver_has_failed_in_a_reclaim_that_waited() -> None:
     rig = Rig(background=False)
     rig.kv.allocate(8).free()

@@ -177,14 +177,13 @@ class Allocator {
   struct Change {
     std::uint32_t slot;
     std::uint32_t region;
-    std::size_t front;      // new front
-    std::size_t back_from;  // pages [back_from, back_to) are to be mapped
-    std::size_t back_to;
+    std::size_t front;  // where the run begins
+    std::size_t from;   // pages [from, to) are to be mapped
+    std::size_t to;
     std::size_t clean_to;  // pages below it are to be clean
     bool remove_guard;
     bool add_guard;
-    std::size_t front_pieces = 0;  // how many of the work's pieces are this change's
-    std::size_t back_pieces = 0;
+    std::size_t pieces = 0;  // how many of the work's pieces are this change's
   };
   struct Growth {
     std::vector<Change> changes;

@@ -31,7 +31,8 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   const std::size_t owned = pages_for(region, target.tokens);
   const std::size_t covered = target.tokens == 0 ? 0 : pages_for(region, target.tokens + slack);
 
-  const std::size_t front = run.empty() ? low : std::min(run.front, low);
+  // A run that is not empty begins no later than the first token: see holed().
+  const std::size_t front = run.empty() ? low : run.front;
   const std::size_t end = run.empty() ? front : run.end;
   const bool guarded = run.guarded;
   std::size_t back_to = end;
@@ -57,23 +58,14 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   change.clean_to = back_to > end ? back_to : std::max(clean, std::min(end, covered));
   if (generosity == Generosity::ahead && change.remove_guard) return;
 
-  const auto count_pieces = [&](std::size_t pages) {
-    std::size_t pieces = 0;
-    while (pages > 0) {
-      const std::uint8_t order = std::min(max_order_, order_within(pages));
-      growth.orders.push_back(order);
-      pages -= std::size_t{1} << order;
-      ++pieces;
-    }
-    return pieces;
-  };
-  const std::size_t front_pages = run.empty() ? 0 : run.front - front;
-  change.front_pieces = count_pieces(front_pages);
-  change.back_pieces = count_pieces(back_to - end);
-  if (front_pages == 0 && back_to == end && change.clean_to == clean && !change.add_guard) return;
-  growth.bytes += (front_pages + back_to - end) * page_bytes_;
-  growth.mappings +=
-      change.front_pieces + change.back_pieces + (change.add_guard ? guard_count() : 0);
+  if (back_to == end && change.clean_to == clean && !change.add_guard) return;
+  for (std::size_t pages = back_to - end; pages > 0; ++change.pieces) {
+    const std::uint8_t order = std::min(max_order_, order_within(pages));
+    growth.orders.push_back(order);
+    pages -= std::size_t{1} << order;
+  }
+  growth.bytes += (back_to - end) * page_bytes_;
+  growth.mappings += change.pieces + (change.add_guard ? guard_count() : 0);
   growth.removes_guard = growth.removes_guard || change.remove_guard;
   growth.changes.push_back(change);
 }
@@ -99,24 +91,21 @@ Work Allocator::prepare(Growth& growth, Stream stream) {
   std::size_t next = 0;
   for (const Change& change : growth.changes) {
     const Run& run = slots_[change.slot].runs[change.region];
-    const auto place = [&](std::size_t page, std::size_t count) {
-      for (std::size_t i = 0; i < count; ++i) {
-        Work::Piece& piece = work.pieces[next++];
-        piece.address = page_address(change.slot, change.region, page);
-        const std::size_t bytes = piece.extent->pages() * page_bytes_;
-        const bool dirty = piece.create ? !backend().fresh_memory_is_zero() : piece.extent->dirty;
-        if (dirty && pool_->config().zero) append_range(work.zeros, piece.address, bytes);
-        page += piece.extent->pages();
-      }
-    };
-    place(change.front, change.front_pieces);
-    const std::size_t clean = run.empty() ? change.back_from : std::min(run.clean_end, run.end);
-    const std::size_t clean_old_to = std::min(change.clean_to, change.back_from);
+    const std::size_t clean = run.empty() ? change.from : std::min(run.clean_end, run.end);
+    const std::size_t clean_old_to = std::min(change.clean_to, change.from);
     if (clean < clean_old_to) {
       append_range(work.zeros, page_address(change.slot, change.region, clean),
                    (clean_old_to - clean) * page_bytes_);
     }
-    place(change.back_from, change.back_pieces);
+    std::size_t page = change.from;
+    for (std::size_t i = 0; i < change.pieces; ++i) {
+      Work::Piece& piece = work.pieces[next++];
+      piece.address = page_address(change.slot, change.region, page);
+      const std::size_t bytes = piece.extent->pages() * page_bytes_;
+      const bool dirty = piece.create ? !backend().fresh_memory_is_zero() : piece.extent->dirty;
+      if (dirty && pool_->config().zero) append_range(work.zeros, piece.address, bytes);
+      page += piece.extent->pages();
+    }
   }
   for (const Change& change : growth.changes) {
     const auto guards = [&](std::vector<Work::Piece>& pieces, std::size_t from) {
@@ -125,8 +114,8 @@ Work Allocator::prepare(Growth& growth, Stream stream) {
                           true, Access::read});
       }
     };
-    if (change.remove_guard) guards(work.displaced, change.back_from);
-    if (change.add_guard) guards(work.pieces, change.back_to);
+    if (change.remove_guard) guards(work.displaced, change.from);
+    if (change.add_guard) guards(work.pieces, change.to);
   }
   work.stuck.reserve(work.pieces.size());
   return work;
@@ -144,24 +133,18 @@ void Allocator::commit(const Growth& growth, const Work& work, bool built) {
     Slot& slot = slots_[change.slot];
     Run& run = slot.runs[change.region];
     const std::size_t first = next;
-    next += change.front_pieces + change.back_pieces;
+    next += change.pieces;
     if (!built) {
       if (change.remove_guard && work.displaced_lost) give_up(change.slot);
       continue;
     }
-    const auto mapping = [&](std::size_t piece) {
+    for (std::size_t i = first; i < next; ++i) {
       const std::size_t offset =
-          work.pieces[piece].address - page_address(change.slot, change.region, 0);
-      return Mapping{offset / page_bytes_, work.pieces[piece].extent};
-    };
-    std::vector<Mapping> front;
-    for (std::size_t i = 0; i < change.front_pieces; ++i) front.push_back(mapping(first + i));
-    run.mappings.insert(run.mappings.begin(), front.begin(), front.end());
-    for (std::size_t i = 0; i < change.back_pieces; ++i) {
-      run.mappings.push_back(mapping(first + change.front_pieces + i));
+          work.pieces[i].address - page_address(change.slot, change.region, 0);
+      run.mappings.push_back({offset / page_bytes_, work.pieces[i].extent});
     }
     run.front = change.front;
-    run.end = change.back_to;
+    run.end = change.to;
     run.clean_end = std::max(change.clean_to, run.front);
     if (change.remove_guard) run.guarded = false;
     if (change.add_guard) run.guarded = true;

@@ -152,12 +152,13 @@ void Pool::forget(Extent* extent, bool unmapped) {
 
 void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
   work.pieces.reserve(work.pieces.size() + orders.size());
+  std::size_t created_bytes = 0;
   for (const std::uint8_t order : orders) {
     Work::Piece piece;
     if (free_[order].empty()) {
       piece.extent = new_extent(order);
       piece.create = true;
-      held_bytes_ += bytes(*piece.extent);
+      created_bytes += bytes(*piece.extent);
     } else {
       piece.extent = free_[order].back();
       free_[order].pop_back();
@@ -166,33 +167,44 @@ void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
     piece.extent->owners = 1;
     work.pieces.push_back(piece);
   }
-  exchange(work);
+  held_bytes_ += created_bytes;
+  exchange(work, created_bytes);
   work.stuck.reserve(work.pieces.size());
   peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
   if (below_low()) wake_mapper();
 }
 
 // Where what is to be created goes over the budget, free extents of other sizes make room for it.
-void Pool::exchange(Work& work) {
+// What they free beyond that is nobody's before they are destroyed.
+void Pool::exchange(Work& work, std::size_t created_bytes) {
   for (std::size_t order = kOrders; order-- > 0;) {
     while (held_bytes_ > config_.budget_bytes && !free_[order].empty()) {
-      Extent* extent = free_[order].back();
-      free_[order].pop_back();
-      free_bytes_ -= bytes(*extent);
-      held_bytes_ -= bytes(*extent);
-      work.destroys.push_back(extent);
+      const std::size_t gone = destroy_later(work, free_[order]);
+      const std::size_t exchanged = std::min(gone, created_bytes - work.exchanged_bytes);
+      work.exchanged_bytes += exchanged;
+      held_bytes_ -= exchanged;
     }
   }
 }
 
+// Moves a free extent to those that the work destroys. It counts as held until that is done.
+std::size_t Pool::destroy_later(Work& work, std::vector<Extent*>& list) {
+  Extent* extent = list.back();
+  work.destroys.push_back(extent);
+  list.pop_back();
+  free_bytes_ -= bytes(*extent);
+  return bytes(*extent);
+}
+
 void Pool::settle(const Work& work, bool built) {
+  held_bytes_ += work.exchanged_bytes;
   for (std::size_t i = 0; i < work.destroys.size(); ++i) {
     Extent* extent = work.destroys[i];
     if (i < work.destroyed) {
+      held_bytes_ -= bytes(*extent);
       drop_extent(extent);
       ++counters_.destroys;
     } else {
-      held_bytes_ += bytes(*extent);
       put_free(extent);
     }
   }
@@ -371,23 +383,16 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
 std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {
   Work work;
   std::size_t gone = 0;
-  const auto destroy_one = [&](std::vector<Extent*>& list) {
-    Extent* extent = list.back();
-    list.pop_back();
-    free_bytes_ -= bytes(*extent);
-    held_bytes_ -= bytes(*extent);
-    gone += bytes(*extent);
-    work.destroys.push_back(extent);
-  };
   for (std::size_t order = kOrders; order-- > 0;) {
     while (!free_[order].empty() && free_bytes_ >= keep_bytes + bytes(*free_[order].back())) {
-      destroy_one(free_[order]);
+      gone += destroy_later(work, free_[order]);
     }
   }
   // What is left of the excess is less than the smallest extent that is left, which goes too.
   if (free_bytes_ > keep_bytes) {
-    destroy_one(*std::find_if(free_.begin(), free_.end(),
-                              [](const std::vector<Extent*>& list) { return !list.empty(); }));
+    gone += destroy_later(
+        work, *std::find_if(free_.begin(), free_.end(),
+                            [](const std::vector<Extent*>& list) { return !list.empty(); }));
   }
   if (work.destroys.empty()) return 0;
   require(run(lock, work));

@@ -171,7 +171,8 @@ class Pool {
   Extent* new_extent(std::uint8_t order);
   void drop_extent(Extent* extent) noexcept;
   void put_free(Extent* extent);
-  void exchange(Work& work);
+  void exchange(Work& work, std::size_t created_bytes);
+  std::size_t destroy_later(Work& work, std::vector<Extent*>& list);
   void require(const Status& status) const;
   // Does work that touches no slot, without the lock, and books it.
   [[nodiscard]] Status run(Lock& lock, Work& work);

@@ -34,8 +34,10 @@ struct Work {
   std::vector<Piece> displaced;  // mapped now where `pieces` will be; put back on failure
   std::vector<Piece> pieces;     // neighbours in memory stand next to each other
   std::vector<Range> zeros;      // mapped ranges to clear, after mapping
-  Stream stream = 0;             // what clears is enqueued here
-  bool wait = false;             // whether run() returns only when clearing is done
+  std::size_t exchanged_bytes =
+      0;              // how much of `creates` and `pieces` takes the place of `destroys`
+  Stream stream = 0;  // what clears is enqueued here
+  bool wait = false;  // whether run() returns only when clearing is done
 
   // Outcome.
   std::size_t unmapped = 0;     // how many of `unmaps` were done
