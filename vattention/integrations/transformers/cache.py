@@ -377,6 +377,10 @@ class _LayerGroup:
 
     # The end
 
+    @property
+    def allocator(self) -> KVAllocator | None:
+        return self._kv
+
     def stats(self) -> KVStats | None:
         return None if self._kv is None else self._kv.stats()
 
@@ -656,6 +660,15 @@ class VAttentionCache(Cache):
         finally:
             for group in groups if resized else ():
                 group.trim_idle_rows()
+
+    @property
+    def allocators(self) -> Mapping[str, KVAllocator]:
+        """The allocator of each layer type that has been used, for looking at its memory."""
+        return {
+            name: group.allocator
+            for name, group in self._groups.items()
+            if group.allocator is not None
+        }
 
     def stats(self) -> CacheStats:
         """What the cache holds now."""
