@@ -1,4 +1,4 @@
-"""Record what memory is mapped while a server runs, and draw it."""
+"""Record what memory is mapped while a server runs, and draw it; imported by generate.py."""
 
 from __future__ import annotations
 
@@ -52,9 +52,8 @@ class Extent:
 
 def main_allocator(cache: VAttentionCache) -> va.KVAllocator | None:
     """The allocator of a cache's full-attention layers, or of its first type; None before use."""
-    groups = cache._groups
-    group = groups.get("full_attention") or next(iter(groups.values()))
-    return group._kv
+    allocators = cache.allocators
+    return allocators.get("full_attention") or next(iter(allocators.values()), None)
 
 
 @dataclass
@@ -82,6 +81,16 @@ class Recorder:
             )
         )
         self._sample_extents(step)
+
+    def finish(self) -> None:
+        """Sample the end: what is left for a next request, then nothing, after `reclaim`."""
+        step = self.moments[-1].step + 1
+        idle = max(2, step // 40)
+        for offset in range(idle):
+            self.sample(step + offset)
+        self.pool.reclaim()
+        for offset in range(idle):
+            self.sample(step + idle + offset)
 
     def _sample_extents(self, step: int) -> None:
         """Follow each extent of region 0 of each lane by its address, size and handle."""
@@ -158,7 +167,7 @@ def _draw_totals(axis: Any, moments: Sequence[Moment], figures: Figures) -> None
     )  # fmt: skip
     axis.axhline(
         figures.preallocated / MIB, color=PREALLOCATED, linestyle=(0, (4, 2)), linewidth=1.5,
-        label="preallocated: every lane's longest",
+        label="preallocated: the model's full length for every lane",
     )  # fmt: skip
     axis.set_ylim(0, 1.45 * max(figures.preallocated / MIB, *padded))  # the legend is on top
     axis.set_ylabel("physical memory, MiB", color=INK)

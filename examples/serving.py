@@ -1,5 +1,7 @@
 """Serve a queue of requests, a few at a time, each with `generate()` and all from one pool.
 
+Imported by generate.py.
+
 Every lane has a `VAttentionCache` of one row. A lane takes the next request that has arrived, calls
 `generate()` for it, resets its cache and takes another; nothing is padded, and every request is as
 long as it is. The lanes are threads that run strictly in turn, one decode step each, so that what
@@ -11,7 +13,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +34,17 @@ class Request:
     arrives_at: int
 
 
-class Turns:
+class _Stopped(Exception):
+    """Ends a lane that waits for its turn when another lane has failed."""
+
+
+class _Turns:
     """Lets `count` threads run one at a time, in a fixed cycle; a step is one turn of each."""
 
     def __init__(self, count: int, after_step: Callable[[int], None]) -> None:
         self._count = count
         self._turn = 0
-        self._broken = False
+        self._stopped = False
         self._changed = threading.Condition()
         self._after_step = after_step
 
@@ -48,9 +55,9 @@ class Turns:
     def wait(self, lane: int) -> None:
         """Return when it is this lane's turn."""
         with self._changed:
-            self._changed.wait_for(lambda: self._broken or self._turn % self._count == lane)
-            if self._broken:
-                raise RuntimeError("stopped: another lane failed")
+            self._changed.wait_for(lambda: self._stopped or self._turn % self._count == lane)
+            if self._stopped:
+                raise _Stopped
 
     def end(self, lane: int) -> None:
         """Let the next lane go on; called by the lane whose turn it is."""
@@ -60,23 +67,27 @@ class Turns:
             self._turn += 1
             self._changed.notify_all()
 
+    def pass_on(self, lane: int) -> None:
+        """End this lane's turn and return when it has the next one."""
+        self.end(lane)
+        self.wait(lane)
+
     def stop(self) -> None:
-        """Make every lane that waits, or will wait, fail."""
+        """Make every lane that waits, or will wait, raise `_Stopped`."""
         with self._changed:
-            self._broken = True
+            self._stopped = True
             self._changed.notify_all()
 
 
 class _OneStepPerTurn(LogitsProcessor):
     """Called by `generate()` once a step; changes no scores."""
 
-    def __init__(self, turns: Turns, lane: int) -> None:
+    def __init__(self, turns: _Turns, lane: int) -> None:
         self._turns = turns
         self._lane = lane
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._turns.end(self._lane)
-        self._turns.wait(self._lane)
+        self._turns.pass_on(self._lane)
         return scores
 
 
@@ -95,42 +106,36 @@ class Server:
         self, requests: Sequence[Request], after_step: Callable[[int], None]
     ) -> list[list[int]]:
         """Return the tokens generated for each request; `after_step` gets the number of a step."""
-        turns = Turns(len(self.caches), after_step)
+        turns = _Turns(len(self.caches), after_step)
         queue = deque(sorted(range(len(requests)), key=lambda i: requests[i].arrives_at))
         answers: list[list[int]] = [[] for _ in requests]
 
         def run_lane(lane: int) -> None:
-            try:
+            with suppress(_Stopped):
                 turns.wait(lane)
                 while not all(answers):
                     if queue and requests[queue[0]].arrives_at <= turns.step:
                         index = queue.popleft()
                         answers[index] = self._answer(requests[index], turns, lane)
                     else:
-                        turns.end(lane)
-                        turns.wait(lane)
+                        turns.pass_on(lane)
                 turns.end(lane)
-            except BaseException:
-                turns.stop()
-                raise
 
         with ThreadPoolExecutor(len(self.caches)) as executor:
             lanes = [executor.submit(run_lane, lane) for lane in range(len(self.caches))]
             try:
-                errors = [error for lane in lanes if (error := lane.exception())]
-            except BaseException:  # Ctrl-C, while waiting
+                wait(lanes, return_when=FIRST_EXCEPTION)
+            finally:  # a lane has failed, or Ctrl-C: let the others end
                 turns.stop()
-                raise
-        if errors:
-            # The first cause; the other lanes only say that they were stopped.
-            raise next((e for e in errors if not str(e).startswith("stopped:")), errors[0])
+        for lane in lanes:
+            lane.result()  # raises what the lane raised
         return answers
 
     def close(self) -> None:
         for cache in self.caches:
             cache.close()
 
-    def _answer(self, request: Request, turns: Turns, lane: int) -> list[int]:
+    def _answer(self, request: Request, turns: _Turns, lane: int) -> list[int]:
         cache = self.caches[lane]
         tokens = generate_one(self._model, request, cache, _OneStepPerTurn(turns, lane))
         cache.reset()

@@ -1215,3 +1215,78 @@ def test_addresses_that_the_system_will_not_reserve_are_a_backend_error() -> Non
         make("cpu", ONE, max_sequences=1, max_seq_len=1 << 50)
     assert caught.value.call
     assert caught.value.code != 0
+
+
+# ---- what is not what it should be ----
+
+
+@pytest.mark.parametrize("order", ["array", "tensor"])
+def test_step_with_a_negative_length_changes_nothing(order: str) -> None:
+    with make("cpu") as kv:
+        seq = kv.allocate(5)
+        lengths = torch.tensor([0, 0, 0, -1])
+        with pytest.raises(va.ConfigError, match="cannot have -1 tokens"):
+            kv.step(lengths if order == "tensor" else lengths.numpy())
+        assert seq.length == 5
+
+
+def test_a_sequence_keeps_its_slot_and_frees_itself_at_the_end_of_a_block() -> None:
+    with make("cpu") as kv:
+        with kv.allocate(5) as seq:
+            with pytest.raises(AttributeError):
+                seq.slot = 1  # type: ignore[misc]
+            assert seq.alive
+        assert not seq.alive
+        with kv.allocate(5) as seq:
+            seq.free()
+        with pytest.raises(ZeroDivisionError), kv.allocate(5) as seq:
+            kv.close()
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("tokens", [1.5, "3", None, True, 2**70])
+def test_trimming_to_no_number_of_tokens_changes_nothing(tokens: Any) -> None:
+    with make("cpu") as kv:
+        seq = kv.allocate(5)
+        with pytest.raises(va.ConfigError, match="num_tokens must be"):
+            seq.trim(tokens)
+        with pytest.raises(va.ConfigError, match="first_token must be"):
+            seq.trim_front(tokens)
+        assert seq.length == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "x"}, "layout must be a KVLayout; got str"),
+        ({"pool": 7}, "pool must be a Pool; got int"),
+        ({"zero": "yes"}, "zero must be True or False"),
+        ({"background": 1}, "background must be True or False"),
+        ({"max_sequences": 2**20 + 1}, "max_sequences must be an int from 1 to 1048576"),
+    ],
+)
+def test_an_allocator_of_what_is_not_what_it_should_be_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    settings = {"layout": ONE, "max_sequences": 1, "max_seq_len": 10}
+    settings |= {} if "pool" in options else {"device": "cpu", "memory": "1MiB"}
+    with pytest.raises(va.ConfigError, match=message):
+        va.KVAllocator(**(settings | options))
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    with make("cpu") as kv:
+        seq = kv.allocate(np.int64(5))
+        kv.step({seq: np.int32(6)})
+        seq.trim(np.uint8(4))
+        assert seq.length == 4
+        assert kv.layer(np.int64(0))[0] is kv.layer(0)[0]
+
+
+def test_more_sequences_than_slots_are_told_so() -> None:
+    with make("cpu") as kv, pytest.raises(va.OutOfSlots, match="5 sequences do not fit into 4"):
+        kv.allocate_batch(5)
+
+
+def test_the_cpu_has_one_name() -> None:
+    assert va.Pool("1MiB", "cpu:0").device == torch.device("cpu")

@@ -53,8 +53,14 @@ class Memory:
         return address
 
     def unreserve(self, address: int, bytes: int) -> None:
-        self._backend.unreserve(address, bytes)
-        del self._reservations[address]
+        # Forgotten first: as soon as it is done, another thread may be given the same address.
+        known = self._reservations.pop(address, None)
+        try:
+            self._backend.unreserve(address, bytes)
+        except va.BackendError:
+            if known is not None:
+                self._reservations[address] = known
+            raise
 
     def create(self, bytes: int) -> int:
         handle = self._backend.create(bytes)
@@ -62,8 +68,14 @@ class Memory:
         return handle
 
     def destroy(self, handle: int) -> None:
-        self._backend.destroy(handle)
-        self._handles.remove(handle)
+        known = handle in self._handles
+        self._handles.discard(handle)
+        try:
+            self._backend.destroy(handle)
+        except va.BackendError:
+            if known:
+                self._handles.add(handle)
+            raise
 
     def back(self, address: int, bytes: int, access: str = "read_write") -> int:
         """Puts a new handle there and returns it."""

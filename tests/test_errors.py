@@ -9,6 +9,7 @@ from vattention import errors
 from vattention.errors import (
     BackendError,
     BackendUnavailable,
+    Closed,
     ConfigError,
     OutOfPages,
     OutOfSlots,
@@ -26,6 +27,7 @@ EXAMPLES = [
         {"needed": 4, "free": 3, "reclaimable": 2, "budget": 1 << 40},
     ),
     (OutOfSlots("m"), VAttentionError, {}),
+    (Closed("m"), RuntimeError, {}),
     (SequenceTooLong("m"), ValueError, {}),
     (StaleSequence("m"), LookupError, {}),
     (BackendError("m", call="cuMemMap", code=2), RuntimeError, {"call": "cuMemMap", "code": 2}),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -31,6 +33,17 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return module.main(["--device", device, *map(str, arguments)])
 
     return run
+
+
+def test_minimal_maps_what_its_tokens_need_and_keeps_it_after_free(capsys):
+    runpy.run_path(str(ROOT / "examples" / "minimal.py"))
+    printed = capsys.readouterr().out.replace(",", "")
+    tokens, used, reserved, mapped, kept = map(int, re.findall(r"\d+(?= tokens| bytes)", printed))
+    assert tokens == 1_200
+    assert used == tokens * 4 * 2 * 8 * 64 * 2  # layers, K and V, heads, head_dim, bytes
+    assert used <= mapped < 2 * used
+    assert reserved >= 16 * 32_768 * used // tokens
+    assert kept >= mapped  # the background thread may have mapped more since
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -85,6 +98,24 @@ def test_generate_runs_another_model_with_its_own_tokenizer(generate, capsys, tm
 def test_generate_says_what_it_cannot_do(arguments, message, generate, capsys, tmp_path):
     assert generate("--out", tmp_path, *arguments) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_serving_raises_what_one_lane_raised(monkeypatch):
+    import vattention
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    serving = importlib.import_module("serving")
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "byte-llama")
+    requests = [serving.Request([256, 100, 101], 8, arrives_at) for arrives_at in (0, 0, 2, 50)]
+
+    def fail_at_step_3(step: int) -> None:
+        if step == 3:
+            raise ValueError("at step 3")
+
+    server = serving.Server(model, vattention.Pool(device="cpu"), lanes=3, max_seq_len=64)
+    with pytest.raises(ValueError, match="at step 3"):
+        server.serve(requests, fail_at_step_3)
+    server.close()
 
 
 def test_training_writes_a_model_that_loads(tmp_path):

@@ -459,3 +459,26 @@ def test_nothing_is_unmapped_when_an_allocator_goes_and_the_gpu_cannot_be_waited
         rig.kv = None
         assert (rig.given_up() == given_up) == sticky
         rig.pool.check()
+
+
+def test_every_stream_that_clears_is_waited_for_by_the_next_that_uses_the_slot() -> None:
+    rig = Rig("cpu", slots=1)
+    core = rig.kv._core
+    assert core is not None
+
+    def waits() -> int:
+        return rig.backend.calls().get("wait", 0)
+
+    ((slot, generation),) = core.allocate(1, 32, 0)
+    core.free(slot, generation, 0)  # dirty memory stays mapped
+    ((slot, generation),) = core.allocate(1, 8, 1)  # cleared on stream 1
+    assert waits() == 0
+    core.step_sequences([(slot, generation, 8)], 1)
+    assert waits() == 0
+    core.step_sequences([(slot, generation, 16)], 2)  # clears more, on stream 2
+    assert waits() == 1
+    core.free(slot, generation, 2)
+    assert waits() == 1
+    ((slot, generation),) = core.allocate(1, 8, 1)
+    core.free(slot, generation, 2)  # its fence stands for what stream 1 clears, too
+    assert waits() == 2

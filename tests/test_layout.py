@@ -55,7 +55,7 @@ def random_case(seed, case):
     sizes = {"max_sequences": rng.randint(1, 3), "max_seq_len": rng.randint(1, 9)}
     page_bytes = 16 * rng.choice([1, 2, 3, 4, 16, 64])
     geometry = layout.region_geometry(
-        **sizes, page_bytes=page_bytes, slack_pages=rng.choice([0, 0, 1, 3])
+        **sizes, page_bytes=page_bytes, guard_pages=rng.choice([0, 0, 1, 3])
     )
     print(f"{layout} {sizes} page_bytes={page_bytes} {geometry}")
     return layout, sizes, page_bytes, geometry
@@ -359,7 +359,7 @@ def specs_of(layout, **changes):
         (lambda a: a.region_geometry(0, 1, PAGE), "max_sequences must be an int"),
         (lambda a: a.region_geometry(1, 0, PAGE), "max_seq_len must be an int"),
         (lambda a: a.region_geometry(1, 1, True), "page_bytes must be an int"),
-        (lambda a: a.region_geometry(1, 1, PAGE, -1), "slack_pages must be an int"),
+        (lambda a: a.region_geometry(1, 1, PAGE, -1), "guard_pages must be an int"),
         (lambda a: specs_of(a, max_sequences=0), "max_sequences must be an int"),
         (lambda a: specs_of(a, max_seq_len=0), "max_seq_len must be an int"),
         (lambda a: specs_of(a, max_seq_len=11), r"slot_strides_bytes\[0\] must be an int of at"),

@@ -419,6 +419,24 @@ def test_the_interpreter_ends_during_an_exception(device: str, run: Run) -> None
     assert ended.err.splitlines()[-1] == "RuntimeError: enough"
 
 
+def test_the_interpreter_ends_with_calls_of_its_main_thread(device: str, run: Run) -> None:
+    script = (
+        LIVE
+        + """
+class Engine:
+    def __init__(self):
+        self.kv, self.seq = kv, kv.allocate(5)
+
+    def __del__(self):  # the interpreter is ending then
+        self.seq.free()
+        self.kv.close()
+
+engine = Engine()
+"""
+    )
+    assert ended_well(run(script, device=device))
+
+
 def test_the_interpreter_ends_by_sys_exit(device: str, run: Run) -> None:
     ended = run(LIVE + "\nwith kv:\n    sys.exit(7)", device=device)
     assert (ended.code, ended.err) == (7, "")

@@ -7,12 +7,14 @@ import ctypes
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -686,3 +688,136 @@ def test_allocator_can_go_when_the_driver_has_failed_in_a_reclaim_that_waited() 
     rig.kv = None
     rig.pool.reclaim()
     assert rig.pool.stats().held_bytes == 0
+
+
+# ---- what only shows when two things happen at once ----
+
+
+def test_the_thread_leaves_a_tail_alone_while_kernels_from_before_the_trim_may_read_it() -> None:
+    rig = Rig()
+    sequence = rig.kv.allocate(4)
+    for tokens in (8, 12, 16, 20, 24, 28):
+        rig.kv.step({sequence: tokens})
+    until(lambda: rig.pages(sequence) >= 8, "the thread is ahead")
+    for tensor in rig.tensors(sequence):
+        tensor[:28] = 7
+    rig.backend.hold_fences()  # a kernel that reads all 28 tokens runs on
+    sequence.trim(4)
+    rig.kv.step({sequence: 9})  # takes the tail back
+    zeros = rig.calls("zero")
+    asked = rig.calls("query")
+    rig.kv.step({sequence: 10})
+    until(lambda: rig.calls("query") > asked, "the thread looks at the fence")
+    assert rig.calls("zero") == zeros
+    assert bool((rig.tensors(sequence)[0][16:28] == 7).all())
+    rig.backend.release_fences()
+    rig.kv.step({sequence: 20})
+    assert bool((rig.tensors(sequence)[0][12:20] == 0).all())
+    rig.kv.check()
+
+
+def test_a_wake_is_not_lost_when_it_comes_in_the_middle_of_a_pass() -> None:
+    backend = _core.FaultyBackend(_core.host_backend(4096))
+    Rig.backends.append(backend)
+    backend.block("create")
+    pool = va.Pool(400 * 4096, backend=backend, low_watermark=2 * 4096)
+    assert backend.wait_blocked("create", DEADLINE_S)
+    pool.set_watermarks(low=20 * 4096)
+    backend.unblock("create")
+    until(lambda: pool.stats().free_bytes == 20 * 4096, "the new low watermark is kept")
+
+
+def test_watermarks_that_meet_do_not_fight() -> None:
+    rig = Rig(low_watermark=4, high_watermark=4)
+    rig.kv.allocate(8).free()
+
+    def idle_pages() -> tuple[int, int]:
+        return rig.pool.stats().free_bytes // rig.page, rig.kv.stats().cached_bytes // rig.page
+
+    until(lambda: idle_pages() == (4, 0), "what is idle is what is asked for")
+    creates = rig.calls("create")
+    for _ in range(20):
+        rig.pool.set_watermarks(low=4 * rig.page, high=4 * rig.page)  # wakes the thread
+        time.sleep(0.001)
+    assert idle_pages() == (4, 0)
+    assert rig.calls("create") == creates
+
+
+@pytest.mark.parametrize("gain", ["budget", "memory", "slot"])
+def test_a_wait_for_a_fence_ends_when_something_else_will_do(gain: str) -> None:
+    rig = Rig(slots=2, budget_pages=4 * REGIONS, background=False)
+    late, other = rig.kv.allocate(8), rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    late.free()
+    asked = rig.calls("query")
+    if gain == "slot":
+        call = Call(lambda: rig.kv.allocate(0))
+    else:
+        call = Call(lambda: rig.kv.step({other: 12}))
+    until(lambda: rig.calls("query") > asked + 3, "it waits for the fence")
+    if gain == "budget":
+        rig.pool.set_budget(100 * rig.page)
+    elif gain == "memory":
+        rig.backend.release_fences()
+    else:
+        other.trim(0)
+        rig.backend.release_fences()
+        other.free()
+    call.finish()
+    rig.kv.check()
+
+
+def test_a_wait_for_a_fence_ends_when_the_allocator_is_closed() -> None:
+    rig = Rig(slots=1, background=False)
+    late = rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    late.free()
+    asked = rig.calls("query")
+    call = Call(lambda: rig.kv.allocate(8))
+    until(lambda: rig.calls("query") > asked + 3, "it waits for the fence")
+    rig.kv.close()
+    with pytest.raises(va.Closed):
+        call.finish()
+
+
+def test_the_thread_sleeps_once_every_fence_has_passed() -> None:
+    rig = Rig(high_watermark=100)
+    sequence = rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    sequence.free()
+    assert wakes_of_other_threads(0.1) > 10  # it looks at the fence
+    rig.backend.release_fences()
+    until(lambda: wakes_of_other_threads(0.1) <= 3, "the thread sleeps")
+
+
+def wakes_of_other_threads(duration_s: float) -> int:
+    """How often threads that live all that time, and are not this one, have gone to sleep."""
+
+    def counts() -> dict[str, int]:
+        found = {}
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                status = (task / "status").read_text()
+                (count,) = re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)
+                found[task.name] = int(count)
+        found.pop(str(threading.get_native_id()), None)
+        return found
+
+    before = counts()
+    time.sleep(duration_s)
+    after = counts()
+    return sum(after[task] - count for task, count in before.items() if task in after)
+
+
+def test_mappings_of_freed_slots_make_room_where_the_driver_takes_no_more() -> None:
+    backend = _core.FaultyBackend(_core.host_backend(4096))
+    most = backend.max_mappings
+    page = 4096
+    pool = va.Pool(4 * most * page, backend=backend, background=False, max_extent=page)
+    layout = va.KVLayout.latent(num_layers=1, latent_dim=page // 4, dtype=torch.float32)
+    kv = va.KVAllocator(layout, max_sequences=2, max_seq_len=most, pool=pool, lookahead_tokens=0)
+    live, idle = kv.allocate(1), kv.allocate(most - 40)
+    idle.free()
+    kv.step({live: 100})
+    assert live.length == 100
+    kv.check()

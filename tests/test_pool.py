@@ -513,7 +513,7 @@ def test_max_extent_of_an_allocator_is_at_most_its_pools(device: str) -> None:
     assert slots.extents() == [1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("page", [0, -4096, 1024, 5000, 4096.0, "4096"])
+@pytest.mark.parametrize("page", [0, -4096, 1024, 5000, 4096.0, "1KiB", "a page"])
 def test_a_page_that_the_host_cannot_have_is_refused(page: Any) -> None:
     with pytest.raises(va.ConfigError, match="page_bytes"):
         va.Pool("1MiB", "cpu", page_bytes=page)

@@ -702,9 +702,36 @@ def test_tensors_that_do_not_fit_raise():
     cache.close()
 
 
+def test_layer_of_another_model_raises():
+    generator = torch.Generator().manual_seed(0)
+    with make_cache(CONFIGS["llama"](), "cpu") as cache:
+        for layer in (2, -1):
+            with pytest.raises(va.ConfigError, match="has 2 layers.*another model's config"):
+                cache.update(*states(2, 5, "cpu", generator), layer)
+        keys, values = states(2, 5, "cpu", generator)
+        with pytest.raises(va.ConfigError, match=r"\[batch, heads, tokens, dim\]"):
+            cache.update(keys[0], values[0], 0)
+        assert cache.get_seq_length() == 0
+
+
+def test_repeating_or_cropping_by_no_number_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    with make_cache(CONFIGS["llama"](), "cpu") as cache:
+        for layer in range(2):
+            cache.update(*states(2, 5, "cpu", generator), layer)
+        for repeats in (0, -1, 1.5):
+            with pytest.raises(va.ConfigError, match="repeats must be"):
+                cache.batch_repeat_interleave(repeats)
+        for count in (1.5, "2", None):
+            with pytest.raises(va.ConfigError, match="tokens_to_remove must be"):
+                cache.crop(count)
+        assert (cache.batch_size, cache.get_seq_length()) == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
+        (lambda: None, "config must be a model's config"),
         (lambda: transformers.T5Config(), "encoder"),
         (lambda: transformers.MambaConfig(num_hidden_layers=2), "linear_attention"),
         (lambda: transformers.Qwen3NextConfig(num_hidden_layers=4), "linear_attention"),
@@ -722,6 +749,9 @@ def test_unsupported_model_raises_naming_what_is_not(config, named):
         {"max_seq_len": 0},
         {"order": "heads"},
         {"memory": "1GiB", "pool": "a pool"},
+        {"pool": "a pool"},
+        {"memory": "lots"},
+        {"page_bytes": -1},
     ],
 )
 def test_bad_argument_raises(options):

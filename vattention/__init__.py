@@ -5,6 +5,7 @@ from vattention.allocator import KVAllocator
 from vattention.errors import (
     BackendError,
     BackendUnavailable,
+    Closed,
     ConfigError,
     OutOfPages,
     OutOfSlots,
@@ -15,15 +16,17 @@ from vattention.errors import (
 from vattention.layout import KVLayout
 from vattention.pool import Pool
 from vattention.sequence import Sequence
-from vattention.stats import KVStats, PoolStats
+from vattention.stats import KVStats, MappingInfo, PoolStats
 
 __all__ = [
     "BackendError",
     "BackendUnavailable",
+    "Closed",
     "ConfigError",
     "KVAllocator",
     "KVLayout",
     "KVStats",
+    "MappingInfo",
     "OutOfPages",
     "OutOfSlots",
     "Pool",

@@ -9,13 +9,14 @@ import torch
 
 from vattention import _core
 from vattention.config import MAX_BYTES, check_int, check_tokens, parse_bytes
-from vattention.errors import ConfigError, VAttentionError
+from vattention.errors import Closed, ConfigError
 from vattention.layout import KVLayout, TensorSpec
 from vattention.pool import Pool
 from vattention.sequence import Sequence
-from vattention.stats import KVStats
+from vattention.stats import KVStats, MappingInfo
 
-_MAX_SEQUENCES = 2**31
+# Slots cost host memory, used or not: some hundred bytes each, and more with many regions.
+_MAX_SEQUENCES = 2**20
 _MAX_TIMEOUT_S = 1e9
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -28,29 +29,38 @@ class KVAllocator:
     sequence's length may be touched: there is nothing behind the rest.
 
     Streams: memory is ready for kernels launched on the current stream after a call returns, and
-    :meth:`Sequence.free` and :meth:`Sequence.trim` must be called after the last use was launched
-    there. Threads: any; calls are serialised. No call may be made on a stream that is being
-    captured into a CUDA graph, but a graph captured earlier stays valid while memory grows.
+    :meth:`Sequence.free`, :meth:`Sequence.trim` and :meth:`Sequence.trim_front` must be called
+    where the last use was launched: on the same stream, or on one that waits for it. A sequence
+    that is used on several streams needs that wait between them as any tensor does. No call may be
+    made on a stream that is being captured into a CUDA graph, but a graph captured earlier stays
+    valid while memory grows. Threads: any; calls are serialised.
 
     Args:
         layout: what a token takes and how it lies.
-        max_sequences: slots.
+        max_sequences: slots; at most 1,048,576.
         max_seq_len: tokens a slot has addresses for; costs nothing until used.
-        memory, device, page_bytes: as for :class:`Pool`, which is made of them.
-        pool: a pool to draw on, instead of the three above.
+        memory, device, page_bytes, low_watermark, high_watermark, zero, background: as for
+            :class:`Pool`, which is made of them.
+        pool: a pool to draw on, instead of all those.
         tail_slack_tokens: tokens readable beyond each length, for kernels that load whole tiles;
-            they read as finite. Short sequences share one extent of zeros for it.
+            they read as finite. Short sequences share one extent of zeros for it. FlashAttention-3
+            loads tiles of up to 256 tokens by TMA and needs as many, unless the tensor that it is
+            given ends at the sequence's length; FlashAttention-2 and torch's kernels need none.
+            Source: tests/gpu/test_attention_tails.py, on an H200.
         lookahead_tokens: the background thread keeps at least this many tokens mapped ahead of
             each length; also what :meth:`Sequence.trim` leaves mapped for growing again.
         max_extent: the largest physical allocation of this allocator; by default the pool's. A
             sliding window wants it small: memory below it goes back in whole extents.
-        fence_timeout_s: how long to wait for the GPU when memory that was freed is needed.
-        **pool_options: the other arguments of :class:`Pool`.
+        fence_timeout_s: how long to wait for the GPU when memory or a slot that was freed is
+            needed; then :class:`OutOfPages` or :class:`OutOfSlots` says so.
 
     Raises:
         ConfigError: an argument is out of range or contradicts another.
         BackendUnavailable: there is no such device; the message says why.
+        OutOfPages: there is no room for the guard that tail slack needs.
         BackendError: the driver refused to reserve the addresses.
+
+    Every other method raises Closed after :meth:`close`.
     """
 
     def __init__(
@@ -61,24 +71,38 @@ class KVAllocator:
         max_seq_len: int,
         memory: int | str | None = None,
         device: str | torch.device | None = None,
-        page_bytes: int | None = None,
+        page_bytes: int | str | None = None,
+        low_watermark: int | str | None = None,
+        high_watermark: int | str | None = None,
+        zero: bool | None = None,
+        background: bool | None = None,
         pool: Pool | None = None,
         tail_slack_tokens: int = 0,
         lookahead_tokens: int = 16,
         max_extent: int | str | None = None,
         fence_timeout_s: float = 30.0,
-        **pool_options: Any,
     ) -> None:
         """Reserves the addresses; takes no memory yet."""
+        if not isinstance(layout, KVLayout):
+            raise ConfigError(f"layout must be a KVLayout; got {type(layout).__name__}")
+        options = {
+            "memory": memory,
+            "device": device,
+            "page_bytes": page_bytes,
+            "low_watermark": low_watermark,
+            "high_watermark": high_watermark,
+            "zero": zero,
+            "background": background,
+        }
+        given: dict[str, Any] = {name: o for name, o in options.items() if o is not None}
         if pool is None:
-            device = "cuda" if device is None else device
-            pool = Pool(
-                memory, device, page_bytes=page_bytes, max_extent=max_extent, **pool_options
-            )
-        elif pool_options or any(given is not None for given in (memory, device, page_bytes)):
+            pool = Pool(**given, max_extent=max_extent)
+        elif not isinstance(pool, Pool):
+            raise ConfigError(f"pool must be a Pool; got {type(pool).__name__}")
+        elif given:
             raise ConfigError(
-                "pool already says where the memory is: leave out memory, device, page_bytes "
-                "and the pool's options"
+                "pool already says where the memory is and how it is kept: leave out "
+                + ", ".join(given)
             )
         self.layout = layout
         self.pool = pool
@@ -130,6 +154,7 @@ class KVAllocator:
             ConfigError: there is no such layer.
         """
         core = self._open()
+        layer = check_int(layer, name="layer", minimum=0, maximum=self.layout.num_layers - 1)
         tensors = self._layers.get(layer)
         if tensors is None:
             k, v = self.layout.tensor_specs(
@@ -184,18 +209,14 @@ class KVAllocator:
             ConfigError: a length is less than before, or `lengths` is neither form.
             BackendError: the driver refused; no length has changed.
         """
+        # No name for the core: the traceback of an error that somebody keeps would keep it too.
         if isinstance(lengths, torch.Tensor):
-            if not lengths.is_cpu or lengths.dtype is not torch.int64 or lengths.is_sparse:
-                raise ConfigError(
-                    "lengths is read on the host: pass a dense int64 CPU tensor, not one of "
-                    f"{lengths.dtype} on {lengths.device}"
-                )
-            lengths = lengths.numpy()
+            address, count = _check_lengths(lengths), lengths.numel()
+            if not self._open().try_step_at(address, count):
+                self._open().step_at(address, count, self._stream())
         elif isinstance(lengths, Mapping):
             self._open().step_sequences(self._read_lengths(lengths), self._stream())
-            return
-        # No name for the core: the traceback of an error that somebody keeps would keep it too.
-        if not self._open().try_step_lengths(lengths):
+        elif not self._open().try_step_lengths(lengths):
             self._open().step_lengths(lengths, self._stream())
 
     def stats(self) -> KVStats:
@@ -210,9 +231,9 @@ class KVAllocator:
         self._open()
         return self.pool.reclaim()
 
-    def mappings(self) -> list[tuple[int, int, int, int, int, str]]:
-        """Every mapping, for debugging: slot, region, address, bytes, driver handle, access."""
-        return self._open().mappings()
+    def mappings(self) -> list[MappingInfo]:
+        """Every mapping, retired ones included; for looking at memory, not for a hot path."""
+        return [MappingInfo(*mapping) for mapping in self._open().mappings()]
 
     def check(self) -> None:
         """Recomputes everything that must always be true; for tests and debugging.
@@ -254,7 +275,7 @@ class KVAllocator:
     def _read_lengths(self, lengths: Mapping[Any, Any]) -> list[tuple[int, int, int]]:
         """Slot, generation and length of each sequence."""
         own = [
-            (sequence.slot, sequence._generation, tokens)
+            (sequence._slot, sequence._generation, tokens)
             for sequence, tokens in lengths.items()
             if type(tokens) is int
             and -MAX_BYTES <= tokens <= MAX_BYTES
@@ -270,12 +291,14 @@ class KVAllocator:
                 raise ConfigError(f"lengths must map sequences; got the key {sequence!r}")
             if sequence._kv is not self:
                 raise ConfigError("lengths has a sequence of another allocator")
-            own.append((sequence.slot, sequence._generation, check_tokens(tokens, name="a length")))
+            own.append(
+                (sequence._slot, sequence._generation, check_tokens(tokens, name="a length"))
+            )
         return own
 
     def _open(self) -> _core.Allocator:
         if self._core is None:
-            raise VAttentionError("the allocator is closed: make a new one")
+            raise Closed("the allocator is closed: make a new one")
         return self._core
 
     def _stream(self) -> int:
@@ -294,6 +317,23 @@ class KVAllocator:
         integers: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
         assert integers.dtype == _INTEGER_OF_SIZE[dtype.itemsize]
         return integers.view(dtype)
+
+
+def _check_lengths(lengths: torch.Tensor) -> int:
+    """Where a tensor of lengths lies."""
+    if (
+        not lengths.is_cpu
+        or lengths.dtype is not torch.int64
+        or lengths.layout is not torch.strided
+        or lengths.dim() != 1
+        or not lengths.is_contiguous()
+        or lengths.is_neg()
+    ):
+        raise ConfigError(
+            "lengths is read on the host: pass a contiguous one-dimensional int64 CPU tensor, not "
+            f"one of shape {tuple(lengths.shape)}, {lengths.dtype}, on {lengths.device}"
+        )
+    return lengths.data_ptr()
 
 
 def _check_timeout(seconds: object) -> float:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from fractions import Fraction
 
 from vattention.errors import ConfigError
 
-__all__ = ["MAX_BYTES", "check_int", "check_tokens", "format_bytes", "parse_bytes"]
+__all__ = [
+    "MAX_BYTES",
+    "check_bool",
+    "check_int",
+    "check_tokens",
+    "format_bytes",
+    "parse_bytes",
+]
 
 MAX_BYTES = 2**62
 """No size, count or product of them may be above this, so that all fit a signed 64-bit integer
@@ -30,10 +38,11 @@ _SIZE_ALLOWED = (
 
 
 def check_int(value: object, *, name: str, minimum: int, maximum: int = MAX_BYTES) -> int:
-    """Return `value` if it is an int in a range.
+    """Return `value` if it is a whole number in a range.
 
     Args:
-        value: what the caller gave. A bool is not an int here.
+        value: what the caller gave: an int, or an integer of another library, such as NumPy's. A
+            bool is none.
         name: what the caller calls it; the message begins with it.
         minimum: least value allowed.
         maximum: greatest value allowed.
@@ -41,29 +50,37 @@ def check_int(value: object, *, name: str, minimum: int, maximum: int = MAX_BYTE
     Raises:
         ConfigError: it is of another type or out of range.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
-        return value
+    number: int | None = None
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        # A tensor or an array has one too, which not all of them can give.
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            number = operator.index(value)
+    if number is not None and minimum <= number <= maximum:
+        return number
     limit = f"from {minimum} to {maximum}" if maximum != MAX_BYTES else f"of at least {minimum}"
-    if isinstance(value, int) and value > MAX_BYTES:
+    if number is not None and number > MAX_BYTES:
         limit = f"of at most {maximum}"
     raise ConfigError(f"{name} must be an int {limit}; got {_shown(value)}")
 
 
 def check_tokens(value: object, *, name: str) -> int:
-    """Return `value`, which may also be an integer of another library, such as NumPy's.
-
-    Whether so many tokens fit is for the allocator to say.
+    """Return `value` if it is a whole number; whether it fits is for the allocator to say.
 
     Raises:
-        ConfigError: it is not a whole number, or no 64-bit one.
+        ConfigError: it is none, or no 64-bit one.
     """
-    try:
-        tokens = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigError(f"{name} must be a whole number of tokens; got {_shown(value)}") from None
-    if not -MAX_BYTES <= tokens <= MAX_BYTES:
-        raise ConfigError(f"{name} must be a number of tokens; got {_shown(value)}")
-    return tokens
+    return check_int(value, name=name, minimum=-MAX_BYTES)
+
+
+def check_bool(value: object, *, name: str) -> bool:
+    """Return `value` if it is True or False.
+
+    Raises:
+        ConfigError: it is something else, also if that would count as one of them.
+    """
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(f"{name} must be True or False; got {_shown(value)}")
 
 
 def parse_bytes(value: int | str, *, name: str) -> int:

@@ -1,6 +1,6 @@
 """Everything this package raises on purpose.
 
-`VAttentionError` is above all of them, and each is also the built-in exception that a caller who
+`VAttentionError` is above all of them, and most are also the built-in exception that a caller who
 has never heard of this package would catch. All of them survive pickling, so that a worker process
 can hand one to its parent. The extension raises these very classes.
 """
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 __all__ = [
     "BackendError",
     "BackendUnavailable",
+    "Closed",
     "ConfigError",
     "OutOfPages",
     "OutOfSlots",
@@ -71,7 +72,11 @@ class SequenceTooLong(VAttentionError, ValueError):
 
 
 class StaleSequence(VAttentionError, LookupError):
-    """A sequence was used after it was freed, or with an allocator that is not its own."""
+    """A sequence was used after it was freed."""
+
+
+class Closed(VAttentionError, RuntimeError):
+    """An allocator was used after it was closed, or a pool in a forked child of its process."""
 
 
 class BackendError(VAttentionError, RuntimeError):

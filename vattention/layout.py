@@ -320,7 +320,7 @@ class KVLayout:
         return page_bytes // max(self.row_bytes)
 
     def region_geometry(
-        self, max_sequences: int, max_seq_len: int, page_bytes: int, slack_pages: int = 0
+        self, max_sequences: int, max_seq_len: int, page_bytes: int, guard_pages: int = 0
     ) -> Geometry:
         """Return where slots lie when regions stand back to back in one reservation.
 
@@ -328,23 +328,23 @@ class KVLayout:
             max_sequences: slots in each region.
             max_seq_len: tokens that a slot has addresses for.
             page_bytes: size of a page; a multiple of `ALIGNMENT_BYTES`.
-            slack_pages: pages of addresses kept free behind every slot, in each region.
+            guard_pages: pages of addresses kept free behind every slot, in each region.
 
         Raises:
             ConfigError: an argument cannot be used, or the addresses exceed `MAX_BYTES`.
         """
         check_int(max_sequences, name="max_sequences", minimum=1)
         check_int(max_seq_len, name="max_seq_len", minimum=1)
-        check_int(slack_pages, name="slack_pages", minimum=0)
+        check_int(guard_pages, name="guard_pages", minimum=0)
         strides = [
-            (pages + slack_pages) * page_bytes for pages in self.pages(max_seq_len, page_bytes)
+            (pages + guard_pages) * page_bytes for pages in self.pages(max_seq_len, page_bytes)
         ]
         reserved_bytes = sum(strides) * max_sequences
         if reserved_bytes > MAX_BYTES:
             raise ConfigError(
                 f"max_sequences={max_sequences} and max_seq_len={max_seq_len} need "
                 f"{reserved_bytes} bytes of addresses, at {self.token_stride_bytes} bytes a token "
-                f"and slack_pages={slack_pages}; at most {format_bytes(MAX_BYTES)} is allowed"
+                f"and guard_pages={guard_pages}; at most {format_bytes(MAX_BYTES)} is allowed"
             )
         offsets = []
         end = 0

@@ -8,7 +8,7 @@ import weakref
 import torch
 
 from vattention import _core
-from vattention.config import MAX_BYTES, check_int, parse_bytes
+from vattention.config import MAX_BYTES, check_bool, parse_bytes
 from vattention.errors import ConfigError
 from vattention.stats import PoolStats
 
@@ -33,11 +33,11 @@ def _stop_background_threads() -> None:
 atexit.register(_stop_background_threads)
 
 
-def _make_backend(device: torch.device, page_bytes: int | None) -> _core.Backend:
+def _make_backend(device: torch.device, page_bytes: int | str | None) -> _core.Backend:
     kind = str(device.type)
     if kind == "cpu":
         wanted = HOST_PAGE_BYTES if page_bytes is None else page_bytes
-        return _core.host_backend(check_int(wanted, name="page_bytes", minimum=1))
+        return _core.host_backend(parse_bytes(wanted, name="page_bytes"))
     if kind != "cuda":
         raise ConfigError(f"{_DEVICES}, not {str(device)!r}")
     if page_bytes is not None:
@@ -58,11 +58,13 @@ class Pool:
         memory: the budget, in bytes or as text such as ``"60GiB"``; by default what is free on the
             device now. It is a limit: nothing is taken before it is needed.
         device: ``"cuda"``, ``"cuda:N"`` or ``"cpu"`` (the host backend).
-        page_bytes: the page size, on the host backend only; a power of two, at least the system's.
-        max_extent: the largest physical allocation; a power of two times the page size.
-        low_watermark: the background thread keeps this much created and free.
-        high_watermark: idle memory above this goes back to the driver; by default none does until
-            :meth:`reclaim`.
+        page_bytes: the page size, on the host backend only; a power of two, at least the system's;
+            64 KiB by default.
+        max_extent: the largest physical allocation, in bytes or as text; a power of two times the
+            page size; 256 MiB by default.
+        low_watermark: the background thread keeps this many bytes created and free.
+        high_watermark: idle memory above this many bytes goes back to the driver; by default none
+            does until :meth:`reclaim`.
         zero: clear memory before its first, and before another, owner can read it. Turning this
             off lets a sequence see another's bytes and kernels see NaN in what they read beyond a
             length.
@@ -79,7 +81,7 @@ class Pool:
         memory: int | str | None = None,
         device: str | torch.device = "cuda",
         *,
-        page_bytes: int | None = None,
+        page_bytes: int | str | None = None,
         max_extent: int | str | None = None,
         low_watermark: int | str = 0,
         high_watermark: int | str | None = None,
@@ -96,8 +98,9 @@ class Pool:
             backend = _make_backend(self.device, page_bytes)
         else:
             self.device = torch.device("cpu" if backend.name.endswith("host") else self.device)
-        if self.device != torch.device("cpu"):
-            self.device = torch.device("cuda", backend.device_index)
+        # cpu:0 is the CPU, and cuda the current device: whatever was written, one name for each.
+        on_host = self.device.type == "cpu"
+        self.device = torch.device("cpu") if on_host else torch.device("cuda", backend.device_index)
         self._backend = backend
         self.page_bytes: int = backend.page_bytes
         budget = backend.memory_info()[0] if memory is None else parse_bytes(memory, name="memory")
@@ -112,8 +115,8 @@ class Pool:
             low_bytes=_watermark(low_watermark, "low_watermark"),
             high_bytes=_watermark(high_watermark, "high_watermark"),
             max_extent_bytes=self.max_extent_bytes,
-            zero=zero,
-            background=background,
+            zero=check_bool(zero, name="zero"),
+            background=check_bool(background, name="background"),
         )
         _open_pools.add(self)
 
@@ -130,6 +133,8 @@ class Pool:
 
         Raises:
             OutOfPages: live sequences hold more than that; nothing has changed but caches.
+            ConfigError: it is no size, or less than a page.
+            BackendError: the driver refused; the budget is as it was.
         """
         self._core.set_budget(parse_bytes(memory, name="memory"))
 
@@ -146,6 +151,9 @@ class Pool:
 
         Idle is what is free and what freed sequences left mapped; addresses stay. Waits for the
         GPU to pass the last use of it.
+
+        Raises:
+            BackendError: the driver refused; what it had not taken by then is still held.
         """
         return self._core.reclaim()
 
@@ -170,4 +178,4 @@ class Pool:
 def _watermark(value: int | str | None, name: str) -> int:
     if value is None:
         return MAX_BYTES * 2  # above any budget
-    return 0 if value == 0 else parse_bytes(value, name=name)
+    return 0 if value in (0, "0") else parse_bytes(value, name=name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vattention.config import check_tokens
+
 if TYPE_CHECKING:
     from vattention.allocator import KVAllocator
 
@@ -13,17 +15,22 @@ class Sequence:
 
     It is compared and hashed by identity, so it can be a key of :meth:`KVAllocator.step`. After
     :meth:`free` every use of it raises :class:`StaleSequence`, also when its slot has a new
-    sequence. May be used from any thread.
+    sequence; after :meth:`KVAllocator.close`, :class:`Closed`. As a context manager it frees
+    itself. May be used from any thread.
     """
 
-    __slots__ = ("__weakref__", "_generation", "_kv", "slot")
+    __slots__ = ("__weakref__", "_generation", "_kv", "_slot")
 
     def __init__(self, kv: KVAllocator, slot: int, generation: int) -> None:
         """Names the `generation`-th sequence of a slot."""
         self._kv = kv
         self._generation = generation
-        self.slot = slot
+        self._slot = slot
+
+    @property
+    def slot(self) -> int:
         """The row of the tensors of :meth:`KVAllocator.layer` that is this sequence's."""
+        return self._slot
 
     @property
     def length(self) -> int:
@@ -32,12 +39,12 @@ class Sequence:
         Raises:
             StaleSequence: it has been freed.
         """
-        return self._kv._open().length(self.slot, self._generation)
+        return self._kv._open().length(self._slot, self._generation)
 
     @property
     def alive(self) -> bool:
         """Whether it has not been freed yet, nor its allocator closed."""
-        return not self._kv.closed and self._kv._open().alive(self.slot, self._generation)
+        return not self._kv.closed and self._kv._open().alive(self._slot, self._generation)
 
     def trim(self, num_tokens: int) -> None:
         """Keeps the first `num_tokens` tokens.
@@ -48,11 +55,13 @@ class Sequence:
 
         Raises:
             StaleSequence: it has been freed.
-            ConfigError: it holds fewer tokens, or :meth:`trim_front` gave the rest away.
+            ConfigError: it holds fewer tokens, :meth:`trim_front` gave the rest away, or
+                `num_tokens` is no whole number.
             BackendError: the driver refused; nothing has changed.
         """
         kv = self._kv
-        kv._open().trim(self.slot, self._generation, num_tokens, kv._stream())
+        tokens = check_tokens(num_tokens, name="num_tokens")
+        kv._open().trim(self._slot, self._generation, tokens, kv._stream())
 
     def trim_front(self, first_token: int) -> None:
         """Declares that tokens below `first_token` are not needed any more.
@@ -63,11 +72,12 @@ class Sequence:
 
         Raises:
             StaleSequence: it has been freed.
-            ConfigError: `first_token` is not within the sequence.
+            ConfigError: `first_token` is not within the sequence, or no whole number.
             BackendError: the driver refused; nothing has changed.
         """
         kv = self._kv
-        kv._open().trim_front(self.slot, self._generation, first_token, kv._stream())
+        token = check_tokens(first_token, name="first_token")
+        kv._open().trim_front(self._slot, self._generation, token, kv._stream())
 
     def free(self) -> None:
         """Ends the sequence.
@@ -80,7 +90,16 @@ class Sequence:
             BackendError: the driver refused; the sequence is still live.
         """
         kv = self._kv
-        kv._open().free(self.slot, self._generation, kv._stream())
+        kv._open().free(self._slot, self._generation, kv._stream())
+
+    def __enter__(self) -> Sequence:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Frees it, unless that has been done, or its allocator is closed."""
+        if self.alive:
+            self.free()
 
     def __repr__(self) -> str:
         """The slot and the length, or that it is stale."""

@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class MappingInfo(NamedTuple):
+    """One extent at one place; see :meth:`KVAllocator.mappings`."""
+
+    slot: int
+    region: int
+    """See :mod:`vattention.layout`."""
+    address: int
+    size_bytes: int
+    handle: int
+    """The driver's, or the host backend's, name of the extent."""
+    access: str
+    """``"read_write"``; or ``"read"`` for the guard behind a short sequence, which many share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +63,19 @@ class KVStats:
     guard_bytes: int
     """The one shared extent behind short sequences where there is tail slack."""
     live_sequences: int
+    """Sequences that have been allocated and not freed."""
     live_tokens: int
+    """Their lengths, summed."""
     free_slots: int
     """Slots without a sequence, whether something is mapped in them or not."""
     steps: int
+    """Steps done, since the allocator was made; so are the counts below."""
     waited_steps: int
     """Steps that called the driver or waited for the background thread."""
     ahead_mappings: int
     """Mappings made by the background thread before a step needed them."""
     ahead_failures: int
+    """Times that the background thread found no memory, or that the driver refused it."""
     adoptions: int
     """Sequences that began in a slot that was mapped already."""
     pool: PoolStats

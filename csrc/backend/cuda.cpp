@@ -137,6 +137,7 @@ class CudaBackend final : public Backend {
 
   Status synchronize(Stream stream) noexcept override {
     const Scope scope(*this);
+    if (const Status capture = refuse_capture(stream); !capture.ok()) return capture;
     return status(driver_->stream_synchronize(to_stream(stream)), "cuStreamSynchronize");
   }
 

@@ -62,7 +62,6 @@ struct AccessDescriptor {
 // X(member, exported symbol, parameters)
 #define VATTENTION_CUDA_SYMBOLS(X)                                                                 \
   X(init, cuInit, (unsigned flags))                                                                \
-  X(driver_version, cuDriverGetVersion, (int* version))                                            \
   X(error_name, cuGetErrorName, (Result code, const char** text))                                  \
   X(error_string, cuGetErrorString, (Result code, const char** text))                              \
   X(device_count, cuDeviceGetCount, (int* count))                                                  \

@@ -25,13 +25,20 @@ Allocator::Allocator(std::shared_ptr<Pool> pool, AllocatorConfig config)
   if (config_.regions.empty() || config_.max_sequences == 0 || config_.max_seq_len <= 0) {
     throw ConfigError("an allocator needs a region, a sequence and a token at least");
   }
+  {
+    const Lock lock = pool_->lock();
+  }  // throws in a forked child, where nothing may be touched
   slots_.resize(config_.max_sequences);
   for (Slot& slot : slots_) slot.runs.resize(config_.regions.size());
   lengths_.resize(config_.max_sequences, 0);
   ready_.resize(config_.max_sequences, 0);
   soft_.resize(config_.max_sequences, kNever);
   if (const Status status = backend().reserve(config_.reserved_bytes, &base_); !status.ok()) {
-    throw_status(backend(), status);
+    throw BackendFailure(std::string(status.call) + " failed to reserve " +
+                             human_bytes(config_.reserved_bytes) + " of addresses with " +
+                             backend().describe(status.code) +
+                             ": use a smaller max_seq_len, or fewer max_sequences",
+                         status.call, status.code);
   }
   try {
     if (config_.tail_slack_tokens > 0) make_guard();
@@ -48,12 +55,16 @@ Allocator::~Allocator() {
   {
     Lock lock = pool_->lock();
     pool_->detach(this, lock);
+    pool_->begin_work();  // what it holds is nobody's until it is torn down
   }
   tear_down();
+  const Lock lock = pool_->lock();
+  pool_->end_work();
+  pool_->announce();
 }
 
 void Allocator::require_open() const {
-  if (closed_) throw Error("the allocator is closed: make a new one");
+  if (closed_) throw Closed("the allocator is closed: make a new one");
 }
 
 bool Allocator::alive(SequenceId id) const {
@@ -174,6 +185,7 @@ bool Allocator::quiescent(Slot& slot) {
   bool passed = false;
   if (!backend().query(slot.fence, &passed).ok() || !passed) return false;
   slot.fence_pending = false;
+  slot.clearing = slot.tail_back = false;  // what the fence was put behind has passed with it
   pool_->return_fence(std::exchange(slot.fence, 0));
   return true;
 }
@@ -270,6 +282,11 @@ void Allocator::throw_out_of_slots(std::size_t wanted) {
   const std::size_t late = late_slots();
   const auto live = std::count_if(slots_.begin(), slots_.end(),
                                   [](const Slot& slot) { return slot.state == SlotState::live; });
+  if (wanted > config_.max_sequences) {
+    throw OutOfSlots(std::to_string(wanted) + " sequences do not fit into " +
+                     std::to_string(config_.max_sequences) +
+                     " slots: make the allocator with more max_sequences");
+  }
   throw OutOfSlots((wanted == 1 ? std::string("no slot is free")
                                 : "no " + std::to_string(wanted) + " free slots stand in a row") +
                    ": " + std::to_string(live) + " of " + std::to_string(config_.max_sequences) +
@@ -372,7 +389,7 @@ bool Allocator::try_step(const std::int64_t* lengths, std::size_t count) noexcep
     const std::int64_t wanted = lengths[i];
     refused |=
         static_cast<std::int64_t>(wanted > ready_[i]) |
-        (static_cast<std::int64_t>(wanted < lengths_[i]) & static_cast<std::int64_t>(wanted > 0));
+        (static_cast<std::int64_t>(wanted < lengths_[i]) & static_cast<std::int64_t>(wanted != 0));
     ahead |= static_cast<std::int64_t>(wanted > soft_[i]);
   }
   if (refused != 0) return false;
@@ -392,7 +409,8 @@ void Allocator::step(const std::int64_t* lengths, std::size_t count, Stream stre
                         " slots; lengths has an entry for each, not " + std::to_string(count));
     }
     for (std::uint32_t i = 0; i < count; ++i) {
-      if (lengths[i] <= 0) continue;
+      if (lengths[i] == 0) continue;
+      require_length(lengths[i]);
       if (slots_[i].state != SlotState::live) {
         throw StaleSequence("slot " + std::to_string(i) +
                             " holds no sequence: its length must be 0");
@@ -426,9 +444,9 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
     ++counters_.waited_steps;
     grow(lock, targets, stream, true);
   }
+  for (const Target& target : targets) follow_clearing(slots_[target.slot], stream);
   bool ahead = false;
   for (const auto& [id, tokens] : lengths) {
-    if (!is_live(id)) continue;  // freed by another thread while the driver worked
     lengths_[id.slot] = std::max(lengths_[id.slot], tokens);
     ahead = ahead || tokens > soft_[id.slot];
   }
@@ -446,13 +464,17 @@ void Allocator::collect_retired(Lock& lock) {
   audit();
 }
 
-Fence Allocator::record_fence(Slot& slot, Stream stream) {
+void Allocator::follow_clearing(Slot& slot, Stream stream) {
   if (slot.clearing && slot.cleared_on != stream) {
     if (const Status status = backend().wait(stream, slot.cleared); !status.ok()) {
       throw_status(backend(), status);
     }
     slot.cleared_on = stream;
   }
+}
+
+Fence Allocator::record_fence(Slot& slot, Stream stream) {
+  follow_clearing(slot, stream);
   const Fence fence = pool_->borrow_fence();
   if (const Status status = backend().record(fence, stream); !status.ok()) {
     pool_->return_fence(fence);
@@ -552,6 +574,7 @@ void Allocator::free(SequenceId id, Stream stream) {
     slot.state = slot.retired.empty() ? SlotState::empty : SlotState::cached;
   }
   slot.freed_at = ++clock_;
+  pool_->gain();
   lengths_[id.slot] = 0;
   refresh(id.slot);
   trace(1, "free", id.slot);
@@ -579,19 +602,22 @@ bool Allocator::any_fence_pending() const noexcept {
 bool Allocator::wait_for_a_fence(Lock& lock) {
   const auto deadline =
       std::chrono::steady_clock::now() + std::chrono::milliseconds(config_.fence_timeout_ms);
-  while (any_fence_pending()) {
-    if (pool_->collect(lock)) return true;
-    for (Slot& slot : slots_) {
-      if (slot.state == SlotState::cached && slot.fence_pending && !slot.busy && quiescent(slot)) {
-        return true;
-      }
-    }
+  const std::uint64_t gains = pool_->gains();
+  while (!closed_ && any_fence_pending()) {
+    if (pool_->collect(lock) || pool_->a_fence_passed()) return true;
+    if (pool_->gains() != gains) return true;
     if (std::chrono::steady_clock::now() >= deadline) return false;
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(20));
     lock.lock();
   }
-  return false;
+  return closed_;
+}
+
+bool Allocator::a_fence_passed() {
+  return !closed_ && std::any_of(slots_.begin(), slots_.end(), [&](Slot& slot) {
+    return slot.state == SlotState::cached && slot.fence_pending && !slot.busy && quiescent(slot);
+  });
 }
 
 void Allocator::close() {

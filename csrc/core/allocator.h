@@ -98,7 +98,7 @@ class Allocator {
   [[nodiscard]] std::vector<SequenceId> allocate(std::size_t count, std::int64_t tokens,
                                                  Stream stream);
 
-  // lengths[slot] is the slot's length after the step; 0 or less leaves the slot alone.
+  // lengths[slot] is the slot's length after the step; 0 leaves the slot alone.
   // The whole step, if nothing is to be mapped and nothing is wrong; else false and no change.
   [[nodiscard]] bool try_step(const std::int64_t* lengths, std::size_t count) noexcept;
   // Any step. Throws StaleSequence, SequenceTooLong, ConfigError, OutOfPages, BackendFailure.
@@ -161,7 +161,8 @@ class Allocator {
     // stream's fence says nothing of it.
     Fence cleared = 0;
     Stream cleared_on = 0;
-    bool clearing = false;  // it has not been seen to pass
+    bool clearing = false;   // it has been recorded
+    bool tail_back = false;  // part of a run is what a trim cut off; `cleared` is behind that too
     std::uint64_t generation = 0;
     std::uint64_t freed_at = 0;
     std::int64_t first_token = 0;
@@ -229,6 +230,7 @@ class Allocator {
   [[noreturn]] void throw_out_of_slots(std::size_t wanted);
   [[nodiscard]] bool usable(Slot& slot);
   [[nodiscard]] bool any_fence_pending() const noexcept;
+  [[nodiscard]] bool a_fence_passed();
   bool wait_for_a_fence(Lock& lock);
 
   // Growth (growth.cpp).
@@ -240,8 +242,8 @@ class Allocator {
                 Generosity generosity) const;
   [[nodiscard]] Work prepare(Growth& growth, Stream stream);
   void commit(const Growth& growth, const Work& work, bool built);
-  Status execute(Lock& lock, Growth& growth, Stream stream, bool wait);
-  void wait_for_readers(Lock& lock, const Growth& growth, Stream stream);
+  enum class Caller : std::uint8_t { mapper, allocation, step };
+  Status execute(Lock& lock, Growth& growth, Stream stream, Caller caller);
   [[noreturn]] void throw_out_of_pages(std::size_t needed, std::size_t free,
                                        const std::string& why) const;
   [[noreturn]] void throw_device_full(std::size_t needed, const Status& status) const;
@@ -280,6 +282,8 @@ class Allocator {
     slot.retired.push_back(std::move(retired));
     ++retired_entries_;
   }
+  // Orders the stream behind what clears the slot's memory.
+  void follow_clearing(Slot& slot, Stream stream);
   // A fence behind all that was enqueued on the stream, and behind what clears the slot's memory.
   [[nodiscard]] Fence record_fence(Slot& slot, Stream stream);
   void collect_retired(Lock& lock);

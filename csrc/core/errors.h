@@ -16,6 +16,9 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+struct Closed : Error {
+  using Error::Error;
+};
 struct ConfigError : Error {
   using Error::Error;
 };

@@ -117,7 +117,6 @@ Work Allocator::prepare(Growth& growth, Stream stream) {
     if (change.remove_guard) guards(work.displaced, change.from);
     if (change.add_guard) guards(work.pieces, change.to);
   }
-  work.stuck.reserve(work.pieces.size());
   return work;
 }
 
@@ -162,18 +161,25 @@ void Allocator::commit(const Growth& growth, const Work& work, bool built) {
 }
 
 // Runs a growth without the lock, with its slots busy. The growth is booked when it returns.
-Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, bool wait) {
+Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller caller) {
   for (const Change& change : growth.changes) {
     Slot& slot = slots_[change.slot];
     if (slot.cleared == 0 && pool_->config().zero) slot.cleared = pool_->borrow_fence();
+    if (caller != Caller::mapper) follow_clearing(slot, stream);
   }
   Work work = prepare(growth, stream);
-  work.wait = wait;
+  work.stuck.reserve(work.pieces.size());
+  work.wait = caller == Caller::mapper;
   for (const Change& change : growth.changes) slots_[change.slot].busy = true;
   pool_->begin_work();
   lock.unlock();
-  const Status status = work.run(backend());
-  if (status.ok() && !wait && !work.zeros.empty()) note_clearing(growth, stream);
+  // Kernels of earlier steps may be reading the guards that are to make room.
+  Status status;
+  if (growth.removes_guard && caller == Caller::step) status = backend().synchronize(stream);
+  if (status.ok()) status = work.run(backend());
+  if (status.ok() && caller != Caller::mapper && !work.zeros.empty()) {
+    note_clearing(growth, stream);
+  }
   lock.lock();
   pool_->end_work();
   commit(growth, work, status.ok());
@@ -196,19 +202,6 @@ void Allocator::note_clearing(const Growth& growth, Stream stream) noexcept {
     slot.cleared_on = stream;
     if (!slot.clearing) (void)backend().synchronize(stream);
   }
-}
-
-// A guard may be read by kernels that run now: they must be done before it makes room.
-void Allocator::wait_for_readers(Lock& lock, const Growth& growth, Stream stream) {
-  for (const Change& change : growth.changes) slots_[change.slot].busy = true;
-  pool_->begin_work();
-  lock.unlock();
-  const Status status = backend().synchronize(stream);
-  lock.lock();
-  pool_->end_work();
-  for (const Change& change : growth.changes) slots_[change.slot].busy = false;
-  pool_->announce();
-  if (!status.ok()) throw_status(backend(), status);
 }
 
 bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
@@ -269,6 +262,7 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
       continue;
     }
     if (!pool_->has_mappings(growth.mappings)) {
+      if (pool_->reclaim_some(lock, page_bytes_, true)) continue;
       throw BackendFailure("the " + std::string(backend().name()) +
                                " backend holds about as many "
                                "mappings as it can (" +
@@ -276,12 +270,8 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
                                "): use larger extents, or fewer sequences",
                            "map", 0);
     }
-    if (growth.removes_guard && readers) {
-      wait_for_readers(lock, growth, stream);
-      readers = false;
-      continue;
-    }
-    const Status status = execute(lock, growth, stream, false);
+    const Status status =
+        execute(lock, growth, stream, readers ? Caller::step : Caller::allocation);
     if (status.ok()) continue;
     if (status.kind != Status::Kind::out_of_memory) throw_status(backend(), status);
     // The device has less than the budget: what is idle here may help, once.
@@ -316,6 +306,7 @@ void Allocator::throw_device_full(std::size_t needed, const Status& status) cons
 // Growth takes back what a trim has cut off and nobody has unmapped yet. It will be cleared on the
 // stream, where what was enqueued before the trim may still be read on another.
 void Allocator::take_back_tails(Slot& slot, Stream stream) {
+  bool taken = false;
   for (std::size_t i = slot.retired.size(); i-- > 0;) {
     Retired& retired = slot.retired[i];
     if (!retired.tail) continue;
@@ -332,7 +323,16 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
     pool_->return_fence(retired.fence);
     slot.retired.erase(slot.retired.begin() + static_cast<std::ptrdiff_t>(i));
     --retired_entries_;
+    taken = true;
   }
+  if (!taken || !pool_->config().zero) return;
+  follow_clearing(slot, stream);
+  if (slot.cleared == 0) slot.cleared = pool_->borrow_fence();
+  if (const Status status = backend().record(slot.cleared, stream); !status.ok()) {
+    throw_status(backend(), status);
+  }
+  slot.cleared_on = stream;
+  slot.clearing = slot.tail_back = true;
 }
 
 // The mapper's part: grows the sequences that come near the end of what they have. Drops the lock.
@@ -342,10 +342,15 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
   Growth growth;
   std::size_t growing = 0;
   for (std::uint32_t i = 0; i < slots_.size() && growing < kAheadBatch; ++i) {
-    const Slot& slot = slots_[i];
+    Slot& slot = slots_[i];
     if (slot.state != SlotState::live || slot.busy || slot.claimed > 0 || !slot.retired.empty() ||
         lengths_[i] <= soft_[i] || lengths_[i] == 0) {
       continue;
+    }
+    if (slot.tail_back) {
+      bool passed = false;
+      if (!backend().query(slot.cleared, &passed).ok() || !passed) continue;
+      slot.tail_back = false;
     }
     const std::size_t before = growth.changes.size();
     const Target target{i, std::min(lengths_[i] + config_.lookahead_tokens, config_.max_seq_len)};
@@ -366,7 +371,7 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
     return false;
   }
   const std::size_t mappings = growth.mappings;
-  const Status status = execute(lock, growth, stream, true);
+  const Status status = execute(lock, growth, stream, Caller::mapper);
   if (status.ok()) {
     counters_.ahead_mappings += mappings;
   } else {
@@ -393,6 +398,7 @@ void Allocator::make_guard() {
   work.pieces[0].address = base_;
   work.zeros.push_back({base_, bytes});
   work.wait = true;
+  work.stuck.reserve(work.pieces.size());
   pool_->begin_work();
   lock.unlock();
   Status status = work.run(backend());

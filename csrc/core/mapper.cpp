@@ -53,7 +53,7 @@ void Mapper::loop() {
     if (stop_) return;
     work_ = false;
     try {
-      work_ = pool_.background_pass(lock, stream_);
+      work_ = pool_.background_pass(lock, stream_) || work_;
     } catch (const std::exception& error) {
       // The next operation that needs what failed here reports it to somebody who can act.
       trace(1, "background failure:", error.what());

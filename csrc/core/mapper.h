@@ -2,8 +2,9 @@
 // finished with, and keeps the pool between its watermarks.
 //
 // Owns: one std::thread, joined in stop(), and a stream of its own.
-// Always true: it never calls into Python, never holds the pool's lock over a driver call, and what
-// it maps is cleared before it is published, so that no stream has to wait for it.
+// Always true: it never calls into Python, holds the pool's lock over no driver call but the
+// queries of fences, and what it maps is cleared before it is published, so that no stream has to
+// wait for it.
 #pragma once
 
 #include <condition_variable>

@@ -64,6 +64,7 @@ Pool::Pool(std::shared_ptr<Backend> backend, const PoolConfig& config)
       max_order_(checked_order(page_bytes_, config.max_extent_bytes)),
       config_(config) {
   require_a_page(config.budget_bytes);
+  config_.low_bytes -= config_.low_bytes % page_bytes_;  // whole pages are what there is
   if (config.low_bytes > config.high_bytes) {
     throw ConfigError("the low watermark is above the high one");
   }
@@ -89,7 +90,7 @@ void Pool::stop() noexcept {
 }
 
 void Pool::throw_inherited() {
-  throw Error(
+  throw Closed(
       "this pool was made before the process forked and belongs to the parent: make a new one in "
       "the child, or start it with multiprocessing's 'spawn'");
 }
@@ -127,6 +128,7 @@ void Pool::drop_extent(Extent* extent) noexcept {
 
 void Pool::put_free(Extent* extent) {
   extent->owners = 0;
+  gain();
   free_[extent->order].push_back(extent);
   free_bytes_ += bytes(*extent);
 }
@@ -169,7 +171,6 @@ void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
   }
   held_bytes_ += created_bytes;
   exchange(work, created_bytes);
-  work.stuck.reserve(work.pieces.size());
   peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
   if (below_low()) wake_mapper();
 }
@@ -340,6 +341,11 @@ Status Pool::run(Lock& lock, Work& work) {
   return status;
 }
 
+bool Pool::a_fence_passed() {
+  return std::any_of(allocators_.begin(), allocators_.end(),
+                     [](Allocator* allocator) { return allocator->a_fence_passed(); });
+}
+
 bool Pool::collect(Lock& lock) {
   Work work;
   std::vector<Unmapping> unmappings;
@@ -368,6 +374,7 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
     if (allocator->closed_ || !allocator->any_fence_pending()) continue;
     const Use use(*this, *allocator);
     if (allocator->wait_for_a_fence(lock)) return true;
+    break;  // it looks at all of them
   }
   Work work;
   std::vector<Unmapping> unmappings;
@@ -443,7 +450,8 @@ void Pool::lower(Lock& lock) noexcept {
   try {
     while (idle() > config_.high_bytes) {
       const std::size_t excess = idle() - config_.high_bytes;
-      const std::size_t keep = free_bytes_ > excess ? free_bytes_ - excess : 0;
+      const std::size_t keep = std::max(std::min(free_bytes_, config_.low_bytes),
+                                        free_bytes_ > excess ? free_bytes_ - excess : 0);
       if (shrink(lock, keep) == 0 && evict(lock, excess) == 0 && !collect(lock)) return;
     }
   } catch (const std::exception& error) {
@@ -473,8 +481,9 @@ bool Pool::background_pass(Lock& lock, Stream stream) {
     more = allocator->map_ahead(lock, stream) || more;
   }
   (void)collect(lock);
-  lower(lock);
+  (void)a_fence_passed();  // so that nobody polls for one that has
   (void)refill(lock);
+  lower(lock);  // last: what was created may make too much of what freed slots keep
   return more;
 }
 
@@ -502,6 +511,7 @@ void Pool::set_budget(std::size_t budget) {
                      free_bytes_, reclaimable, config_.budget_bytes);
   }
   config_.budget_bytes = budget;
+  gain();
   announce();
   audit();
 }
@@ -509,7 +519,7 @@ void Pool::set_budget(std::size_t budget) {
 void Pool::set_watermarks(std::size_t low_bytes, std::size_t high_bytes) {
   Lock guard = lock();
   if (low_bytes > high_bytes) throw ConfigError("the low watermark is above the high one");
-  config_.low_bytes = low_bytes;
+  config_.low_bytes = low_bytes - low_bytes % page_bytes_;
   config_.high_bytes = high_bytes;
   if (mapper_ != nullptr) {
     mapper_->wake();

@@ -80,7 +80,7 @@ class Pool {
 
   // ---- for Allocator and Mapper, all with the lock held ----
 
-  // Throws Error in a child of the process that made the pool.
+  // Throws Closed in a child of the process that made the pool.
   [[nodiscard]] Lock lock() const {
     if (inherited()) throw_inherited();
     return Lock(mutex_);
@@ -125,9 +125,9 @@ class Pool {
   void end_work() noexcept { --working_; }
   [[nodiscard]] bool working() const noexcept { return working_ > 0; }
 
-  // Frees at least that many bytes by giving up what is reclaimable, cheapest first; drops the
-  // lock while the driver works. `waiting_allowed` lets it wait for the GPU. Returns false when
-  // there was nothing to give up.
+  // Comes nearer to that many free bytes by giving up what is reclaimable, cheapest first; drops
+  // the lock while the driver works. `waiting_allowed` lets it wait for the GPU. Returns false when
+  // it came no nearer; who needs more calls again.
   bool reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed);
   // Carries out a plan of unmappings whose fences have passed; drops the lock meanwhile. Throws
   // BackendFailure.
@@ -156,6 +156,10 @@ class Pool {
   void wake_mapper() noexcept;
   // Wakes whoever waits for a busy slot or for memory.
   void announce() noexcept { changed_.notify_all(); }
+  // Something was given up, or may be had, that a wait for a fence need not wait for.
+  void gain() noexcept { ++gains_; }
+  [[nodiscard]] std::uint64_t gains() const noexcept { return gains_; }
+  [[nodiscard]] bool a_fence_passed();
   void wait_for_change(Lock& lock) { changed_.wait(lock); }
 
  private:
@@ -178,8 +182,7 @@ class Pool {
   [[nodiscard]] Status run(Lock& lock, Work& work);
   bool refill(Lock& lock);
   [[nodiscard]] bool below_low() const noexcept {
-    return free_bytes_ + page_bytes_ <= config_.low_bytes &&
-           held_bytes_ + page_bytes_ <= config_.budget_bytes;
+    return free_bytes_ < config_.low_bytes && held_bytes_ + page_bytes_ <= config_.budget_bytes;
   }
   void lower(Lock& lock) noexcept;
   bool background_pass(Lock& lock, Stream stream);
@@ -205,6 +208,7 @@ class Pool {
   std::size_t free_bytes_ = 0;
   std::size_t mappings_ = 0;
   std::size_t working_ = 0;
+  std::uint64_t gains_ = 0;
   std::size_t stuck_bytes_ = 0;  // behind mappings that the driver would not undo
   PoolStats counters_;
   std::vector<Fence> spare_fences_;

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -113,6 +114,14 @@ py::list mapping_list(const Allocator& allocator) {
   return all;
 }
 
+// Waits for the GPU, so other threads of Python run meanwhile: what the GPU waits for may be one of
+// them. The last owner may be a tensor, which goes with the GIL held, or a thread without it.
+void destroy(Allocator* allocator) {
+  std::optional<NoGil> no_gil;
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) no_gil.emplace();
+  std::unique_ptr<Allocator>(allocator).reset();
+}
+
 void bind_allocator(py::module_& module) {
   py::class_<Allocator, std::shared_ptr<Allocator>>(module, "Allocator")
       .def(
@@ -135,7 +144,8 @@ void bind_allocator(py::module_& module) {
               config.regions.push_back({offset, stride, row});
             }
             const NoGil no_gil;
-            return std::make_shared<Allocator>(std::move(pool), std::move(config));
+            return std::shared_ptr<Allocator>(
+                std::make_unique<Allocator>(std::move(pool), std::move(config)).release(), destroy);
           }),
           py::kw_only(), py::arg("pool"), py::arg("regions"), py::arg("reserved_bytes"),
           py::arg("max_extent_bytes"), py::arg("max_sequences"), py::arg("max_seq_len"),
@@ -166,6 +176,19 @@ void bind_allocator(py::module_& module) {
             allocator.step(view.data(), view.count(), stream);
           },
           py::arg("lengths"), py::arg("stream"))
+      // The same of 64-bit integers at an address, for what has no buffer: torch's tensors.
+      .def(
+          "try_step_at",
+          [](Allocator& allocator, std::uintptr_t lengths, std::size_t count) {
+            return allocator.try_step(reinterpret_cast<const std::int64_t*>(lengths), count);
+          },
+          py::arg("lengths"), py::arg("count"))
+      .def(
+          "step_at",
+          [](Allocator& allocator, std::uintptr_t lengths, std::size_t count, Stream stream) {
+            allocator.step(reinterpret_cast<const std::int64_t*>(lengths), count, stream);
+          },
+          py::arg("lengths"), py::arg("count"), py::arg("stream"), WithoutGil())
       .def(
           "step_sequences",
           [](Allocator& allocator,

@@ -30,6 +30,8 @@ void translate(std::exception_ptr thrown) {
     raise("BackendError", e.what(), "call"_a = e.call, "code"_a = e.code);
   } catch (const ConfigError& e) {
     raise("ConfigError", e.what());
+  } catch (const Closed& e) {
+    raise("Closed", e.what());
   } catch (const OutOfSlots& e) {
     raise("OutOfSlots", e.what());
   } catch (const SequenceTooLong& e) {

@@ -12,11 +12,11 @@ namespace vattention {
 
 class NoGil {
  public:
-  NoGil() : state_(PyEval_SaveThread()) {}
+  NoGil() : at_end_(ending()), state_(PyEval_SaveThread()) {}
   NoGil(const NoGil&) = delete;
   NoGil& operator=(const NoGil&) = delete;
   ~NoGil() noexcept(false) {
-    while (ending()) (void)pause();
+    while (!at_end_ && ending()) (void)pause();
     PyEval_RestoreThread(state_);
   }
 
@@ -29,6 +29,7 @@ class NoGil {
 #endif
   }
 
+  const bool at_end_;  // then this is the thread that ends the interpreter
   PyThreadState* const state_;
 };
 

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from vattention import (
@@ -31,7 +32,7 @@ from vattention import (
     SequenceTooLong,
     VAttentionError,
 )
-from vattention.config import check_int
+from vattention.config import check_int, check_tokens, parse_bytes
 
 __all__ = ["CacheStats", "VAttentionCache", "VAttentionLayer"]
 
@@ -57,7 +58,8 @@ class CacheStats:
         batch_size: rows in use; 0 while the cache is empty.
         num_tokens: tokens in each row, those below a sliding window included.
         reserved_bytes: addresses reserved, over all layer types; these cost no memory.
-        mapped_bytes: memory mapped under them, over all layer types.
+        mapped_bytes: memory mapped behind rows in use, over all layer types; what other rows keep
+            for their next use is in `layer_types`, as `cached_bytes` and `retired_bytes`.
         layer_types: the statistics of the allocator of each layer type that has been used.
     """
 
@@ -71,12 +73,19 @@ class CacheStats:
 class _Memory:
     """The pool that the allocators of one cache share: the caller's, or one of the cache's own."""
 
-    def __init__(self, memory: int | str | None, page_bytes: int | None, pool: Pool | None) -> None:
+    def __init__(
+        self, memory: int | str | None, page_bytes: int | str | None, pool: Pool | None
+    ) -> None:
         if pool is not None and (memory is not None or page_bytes is not None):
             raise ConfigError(
                 "a pool brings its own memory and page size: pass either pool=, or memory= and "
                 "page_bytes="
             )
+        if pool is not None and not isinstance(pool, Pool):
+            raise ConfigError(f"pool must be a vattention.Pool; got {type(pool).__name__}")
+        for name, size in (("memory", memory), ("page_bytes", page_bytes)):
+            if size is not None:
+                parse_bytes(size, name=name)
         self._memory = memory
         self._page_bytes = page_bytes
         self._pool = pool
@@ -104,6 +113,11 @@ class _Shape(NamedTuple):
 
     @classmethod
     def of(cls, key_states: torch.Tensor, value_states: torch.Tensor) -> _Shape:
+        if key_states.dim() != 4 or value_states.dim() != 4:
+            raise ConfigError(
+                "VAttentionCache needs keys and values of [batch, heads, tokens, dim]; got "
+                f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
+            )
         if key_states.requires_grad or value_states.requires_grad:
             raise ConfigError(
                 "VAttentionCache writes in place and carries no gradients: run the model under "
@@ -526,7 +540,7 @@ class VAttentionCache(Cache):
         max_seq_len: int = 4096,
         *,
         memory: int | str | None = None,
-        page_bytes: int | None = None,
+        page_bytes: int | str | None = None,
         pool: Pool | None = None,
         order: Order = "token",
     ) -> None:
@@ -534,7 +548,9 @@ class VAttentionCache(Cache):
         check_int(max_seq_len, name="max_seq_len", minimum=1)
         if order not in get_args(Order):
             raise ConfigError(f"order must be one of {get_args(Order)}; got {order!r}")
-        if getattr(config, "is_encoder_decoder", False):
+        if not isinstance(config, PreTrainedConfig):
+            raise ConfigError(f"config must be a model's config; got {type(config).__name__}")
+        if config.is_encoder_decoder:
             raise ConfigError(
                 f"VAttentionCache serves decoder-only models; {config.model_type} has an encoder, "
                 "whose keys and values need a cache of their own"
@@ -594,6 +610,11 @@ class VAttentionCache(Cache):
         Raises:
             OutOfPages, SequenceTooLong, ConfigError: see the class.
         """
+        if not 0 <= layer_idx < len(self.layers):
+            raise ConfigError(
+                f"this VAttentionCache has {len(self.layers)} layers; the update is for layer "
+                f"{layer_idx}: was it made from another model's config?"
+            )
         try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except VAttentionError:
@@ -615,13 +636,17 @@ class VAttentionCache(Cache):
             RuntimeError: tokens that would become visible again are gone. Nothing has changed.
         """
         # Assisted decoding passes a tensor of one number.
-        count = int(tokens_to_remove)
+        count = check_tokens(tokens_to_remove, name="tokens_to_remove")
         lengths = [group.length_after_crop(count) for group in self._groups.values()]
         for group, length in zip(self._groups.values(), lengths, strict=True):
             group.truncate(length)
 
     def reset(self) -> None:
-        """Forget everything. Memory goes back to the pool, addresses stay."""
+        """Forget everything.
+
+        Addresses stay, and memory stays mapped for the next use of these rows until the pool needs
+        it elsewhere, or `Pool.reclaim` gives it back to the driver.
+        """
         for group in self._groups.values():
             group.truncate(0)
 
@@ -636,7 +661,8 @@ class VAttentionCache(Cache):
             ConfigError: more rows than are reserved. Nothing has changed.
             OutOfPages: the budget is spent. Nothing has changed.
         """
-        self._rearrange(lambda rows: rows.repeat_interleave(repeats))
+        count = check_int(repeats, name="repeats", minimum=1)
+        self._rearrange(lambda rows: rows.repeat_interleave(count))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (numbers or a mask), in that order, and give back the others."""
