@@ -56,7 +56,7 @@ except ImportError:
     triton = None
 
 # The path of a library that defines torch.ops._vllm_fa3_C.fwd, FlashAttention-3 as vLLM builds it.
-FA3_LIBRARY = "VATTENTION_BENCH_FA3"
+FA3_LIBRARY = "VATTENTION_FA3"
 LAYERS = 4  # rotated over: several times the L2 in any shape
 GROUP = 4  # query heads of one KV head
 CONTROL = "packed, a second copy"

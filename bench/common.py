@@ -276,7 +276,7 @@ def _environment(context: Context) -> dict[str, Any]:
         "triton": _version_of("triton"),
         "numpy": _version_of("numpy"),
         "python": platform.python_version(),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "vattention": va.__version__,
         "commit": context.commit or commit,
         "dirty": dirty,

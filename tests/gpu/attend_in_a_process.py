@@ -25,7 +25,7 @@ PASSED, FAILED, FAULTED, SKIPPED = 0, 1, 3, 77
 ABOUT_TO_FAULT = "now one token beyond what is mapped"
 
 DEVICE = "cuda"
-FA3_LIBRARY = "VATTENTION_TEST_FA3"
+FA3_LIBRARY = "VATTENTION_FA3"
 
 LAYOUTS = {
     # 2,048 bytes a row: 1,024 tokens fill a page of 2 MiB.
