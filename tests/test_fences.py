@@ -471,14 +471,23 @@ def test_every_stream_that_clears_is_waited_for_by_the_next_that_uses_the_slot()
 
     ((slot, generation),) = core.allocate(1, 32, 0)
     core.free(slot, generation, 0)  # dirty memory stays mapped
-    ((slot, generation),) = core.allocate(1, 8, 1)  # cleared on stream 1
-    assert waits() == 0
+    rig.backend.hold_fences()
+    ((slot, generation),) = core.allocate(1, 8, 1)  # cleared on stream 1, which is busy
     core.step_sequences([(slot, generation, 8)], 1)
     assert waits() == 0
     core.step_sequences([(slot, generation, 16)], 2)  # clears more, on stream 2
     assert waits() == 1
     core.free(slot, generation, 2)
     assert waits() == 1
+    rig.backend.release_fences()
+
+    rig.backend.hold_fences()
     ((slot, generation),) = core.allocate(1, 8, 1)
     core.free(slot, generation, 2)  # its fence stands for what stream 1 clears, too
+    assert waits() == 2
+    rig.backend.release_fences()
+
+    ((slot, generation),) = core.allocate(1, 8, 1)
+    core.step_sequences([(slot, generation, 8)], 2)  # where the clearing is done, none waits
+    core.free(slot, generation, 3)
     assert waits() == 2

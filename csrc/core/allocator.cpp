@@ -465,12 +465,16 @@ void Allocator::collect_retired(Lock& lock) {
 }
 
 void Allocator::follow_clearing(Slot& slot, Stream stream) {
-  if (slot.clearing && slot.cleared_on != stream) {
-    if (const Status status = backend().wait(stream, slot.cleared); !status.ok()) {
-      throw_status(backend(), status);
-    }
-    slot.cleared_on = stream;
+  if (!slot.clearing || slot.cleared_on == stream) return;
+  bool passed = false;
+  if (backend().query(slot.cleared, &passed).ok() && passed) {
+    slot.clearing = slot.tail_back = false;
+    return;
   }
+  if (const Status status = backend().wait(stream, slot.cleared); !status.ok()) {
+    throw_status(backend(), status);
+  }
+  slot.cleared_on = stream;
 }
 
 Fence Allocator::record_fence(Slot& slot, Stream stream) {
@@ -606,12 +610,26 @@ bool Allocator::wait_for_a_fence(Lock& lock) {
   while (!closed_ && any_fence_pending()) {
     if (pool_->collect(lock) || pool_->a_fence_passed()) return true;
     if (pool_->gains() != gains) return true;
+    require_answers();
     if (std::chrono::steady_clock::now() >= deadline) return false;
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(20));
     lock.lock();
   }
   return closed_;
+}
+
+void Allocator::require_answers() const {
+  const auto ask = [&](Fence fence) {
+    bool passed = false;
+    if (const Status status = backend().query(fence, &passed); !status.ok()) {
+      throw_status(backend(), status);
+    }
+  };
+  for (const Slot& slot : slots_) {
+    if (slot.state == SlotState::cached && slot.fence_pending) ask(slot.fence);
+    if (!slot.retired.empty()) ask(slot.retired.front().fence);
+  }
 }
 
 bool Allocator::a_fence_passed() {

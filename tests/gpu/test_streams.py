@@ -31,14 +31,10 @@ Spin = Callable[[float], None]
 
 
 def make(**options: object) -> va.KVAllocator:
-    settings = {
-        "max_sequences": 4,
-        "max_seq_len": 64 * TOKENS,
-        "memory": "4GiB",
-        "lookahead_tokens": 0,
-        "background": False,
-    } | options
-    kv = va.KVAllocator(LAYOUT, device="cuda", **settings)
+    settings = {"max_sequences": 4, "max_seq_len": 64 * TOKENS, "lookahead_tokens": 0}
+    if "pool" not in options:
+        settings |= {"device": "cuda", "memory": "4GiB", "background": False}
+    kv = va.KVAllocator(LAYOUT, **(settings | options))
     assert kv.pool.page_bytes == PAGE
     return kv
 
@@ -385,7 +381,7 @@ def test_a_step_with_nothing_to_map_calls_nothing_and_waits_for_nothing(
     spin: Spin, apart: torch.cuda.Stream
 ) -> None:
     backend = _core.FaultyBackend(_core.cuda_backend(torch.cuda.current_device()))
-    with make(backend=backend) as kv:
+    with make(pool=va.Pool("4GiB", backend=backend, background=False)) as kv:
         sequences = [kv.allocate(100) for _ in range(3)]
         lengths = array.array("q", [100] * 3)
         torch.cuda.synchronize()
