@@ -148,7 +148,7 @@ def test_readme_examples_run():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         """
     )
-    source = source.replace('device="cuda"', "device=device").replace(".cuda()", ".to(device)")
+    source = source.replace('device="cuda"', "device=device")
     done = subprocess.run(
         [sys.executable, "-c", setup + source],
         capture_output=True,

@@ -231,7 +231,8 @@ class Allocator {
   [[nodiscard]] bool usable(Slot& slot);
   [[nodiscard]] bool any_fence_pending() const noexcept;
   [[nodiscard]] bool a_fence_passed();
-  // Throws BackendFailure where the driver cannot say whether a fence has passed: no wait would end.
+  // Throws BackendFailure where the driver cannot say whether a fence has passed: no wait would
+  // end.
   void require_answers() const;
   bool wait_for_a_fence(Lock& lock);
 
