@@ -175,40 +175,48 @@ void Allocator::tear_down() noexcept {
     for (const Slot& slot : slots_)
       anything = anything || mapped_pages(slot) > 0 || !slot.retired.empty();
     const bool quiet = !anything || backend().synchronize_device().ok();
-    bool whole = quiet;
-    const auto unmap = [&](std::uint32_t slot, std::uint32_t region, std::size_t from,
-                           std::size_t to) {
-      const bool done =
-          quiet &&
-          backend().unmap(page_address(slot, region, from), (to - from) * page_bytes_).ok();
-      whole = whole && done;
-      return done;
+
+    // Nobody else knows of the slots any more, so the driver works without the lock.
+    struct Gone {
+      const std::vector<Mapping>* mappings;
+      bool guarded;
+      bool done;
     };
-    Lock lock = pool_->lock();
+    std::vector<Gone> all;
+    bool whole = quiet;
+    const auto unmap = [&](std::uint32_t slot, std::uint32_t region, std::size_t first,
+                           std::size_t last, bool guarded, const std::vector<Mapping>& mappings) {
+      const std::size_t end = last + (guarded ? config_.guard_pages : 0);
+      const Address address = page_address(slot, region, first);
+      const bool done = quiet && backend().unmap(address, (end - first) * page_bytes_).ok();
+      whole = whole && done;
+      all.push_back({&mappings, guarded, done});
+    };
     for (std::uint32_t s = 0; s < slots_.size(); ++s) {
-      Slot& slot = slots_[s];
+      const Slot& slot = slots_[s];
       whole = whole && slot.state != SlotState::broken;
       for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
-        Run& run = slot.runs[r];
-        if (run.empty()) continue;
-        const std::size_t end = run.end + (run.guarded ? config_.guard_pages : 0);
-        const bool done = unmap(s, r, run.front, end);
-        for (const Mapping& m : run.mappings) pool_->forget(m.extent, done);
-        for (std::size_t i = 0; run.guarded && i < guard_count(); ++i) pool_->forget(guard_, done);
-        run = Run{};
+        const Run& run = slot.runs[r];
+        if (!run.empty()) unmap(s, r, run.front, run.end, run.guarded, run.mappings);
       }
       for (const Retired& retired : slot.retired) {
         for (const Cut& cut : retired.cuts) {
-          const std::size_t end = cut.last() + (cut.guarded ? config_.guard_pages : 0);
-          const bool done = unmap(s, cut.region, cut.first(), end);
-          for (const Mapping& m : cut.mappings) pool_->forget(m.extent, done);
-          for (std::size_t i = 0; cut.guarded && i < guard_count(); ++i) {
-            pool_->forget(guard_, done);
-          }
+          unmap(s, cut.region, cut.first(), cut.last(), cut.guarded, cut.mappings);
         }
-        pool_->return_fence(retired.fence);
       }
+    }
+
+    Lock lock = pool_->lock();
+    for (const Gone& gone : all) {
+      for (const Mapping& m : *gone.mappings) pool_->forget(m.extent, gone.done);
+      for (std::size_t i = 0; gone.guarded && i < guard_count(); ++i) {
+        pool_->forget(guard_, gone.done);
+      }
+    }
+    for (Slot& slot : slots_) {
+      for (const Retired& retired : slot.retired) pool_->return_fence(retired.fence);
       slot.retired.clear();
+      for (Run& run : slot.runs) run = Run{};
       if (slot.fence != 0) pool_->return_fence(std::exchange(slot.fence, 0));
       if (slot.cleared != 0) pool_->return_fence(std::exchange(slot.cleared, 0));
     }
