@@ -809,6 +809,19 @@ def wakes_of_other_threads(duration_s: float) -> int:
     return sum(after[task] - count for task, count in before.items() if task in after)
 
 
+@on_every_device
+def test_a_full_device_is_asked_for_no_more_than_is_needed(device: str) -> None:
+    rig = Rig(device, background=False, max_seq_len=400)
+    sequence = rig.kv.allocate(64 * TOKENS_PER_PAGE)
+    rig.backend.arm("create", 1, "out_of_memory")
+    rig.kv.step({sequence: sequence.length + 1})  # would take two pages at once
+    rig.backend.disarm()
+    assert rig.pages(sequence) == 65
+    rig.kv.step({sequence: 66 * TOKENS_PER_PAGE})
+    assert rig.pages(sequence) == 67
+    rig.kv.check()
+
+
 def test_mappings_of_freed_slots_make_room_where_the_driver_takes_no_more() -> None:
     backend = _core.FaultyBackend(_core.host_backend(4096))
     most = backend.max_mappings

@@ -10,9 +10,10 @@
 namespace vattention {
 namespace {
 
-// A sequence that grows is given 1/64 of what it has at once where memory allows: that bounds the
-// mappings of a long decode by their logarithm and costs at most 1.6% of its memory.
-constexpr std::size_t kGrowthShare = 64;
+// A sequence that grows is given up to 1/32 of what it has at once where memory allows: that bounds
+// the mappings of a long decode by their logarithm and costs at most 3.1% of its memory, which goes
+// back when it is needed elsewhere.
+constexpr std::size_t kGrowthShare = 32;
 // How many sequences the mapper grows at once: a step that needs one of them waits for them all.
 constexpr std::size_t kAheadBatch = 8;
 
@@ -239,7 +240,7 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
       (void)require_live({slot, generations[i]});
       if (tokens > ready_[slot]) take_back_tails(slots_[slot], stream);
     }
-    Growth growth = plan(targets, Generosity::rounded);
+    Growth growth = plan(targets, driver_was_full ? Generosity::exact : Generosity::rounded);
     if (growth.bytes > pool_->available_bytes()) growth = plan(targets, Generosity::exact);
     if (growth.changes.empty()) return;
 
@@ -274,8 +275,9 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
         execute(lock, growth, stream, readers ? Caller::step : Caller::allocation);
     if (status.ok()) continue;
     if (status.kind != Status::Kind::out_of_memory) throw_status(backend(), status);
-    // The device has less than the budget: what is idle here may help, once.
-    if (driver_was_full || pool_->give_back_idle(lock) == 0) {
+    // The device has less than the budget. Once: what is idle here may help, or asking for less.
+    const bool asked_for_more = plan(targets, Generosity::exact).bytes < growth.bytes;
+    if (driver_was_full || (pool_->give_back_idle(lock) == 0 && !asked_for_more)) {
       throw_device_full(growth.bytes, status);
     }
     driver_was_full = true;
@@ -339,14 +341,23 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
 // Returns whether anything was done; a lack of memory is not an error here.
 bool Allocator::map_ahead(Lock& lock, Stream stream) {
   if (closed_ || config_.lookahead_tokens == 0) return false;
+  std::vector<std::uint32_t> short_of_memory;
+  for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.state == SlotState::live && !slot.busy && slot.claimed == 0 && slot.retired.empty() &&
+        lengths_[i] > std::max<std::int64_t>(soft_[i], 0)) {
+      short_of_memory.push_back(i);
+    }
+  }
+  // First those that will be the first to wait.
+  std::sort(short_of_memory.begin(), short_of_memory.end(), [&](std::uint32_t a, std::uint32_t b) {
+    return ready_[a] - lengths_[a] < ready_[b] - lengths_[b];
+  });
   Growth growth;
   std::size_t growing = 0;
-  for (std::uint32_t i = 0; i < slots_.size() && growing < kAheadBatch; ++i) {
+  for (const std::uint32_t i : short_of_memory) {
+    if (growing == kAheadBatch) break;
     Slot& slot = slots_[i];
-    if (slot.state != SlotState::live || slot.busy || slot.claimed > 0 || !slot.retired.empty() ||
-        lengths_[i] <= soft_[i] || lengths_[i] == 0) {
-      continue;
-    }
     if (slot.tail_back) {
       bool passed = false;
       if (!backend().query(slot.cleared, &passed).ok() || !passed) continue;
