@@ -165,6 +165,8 @@ class KVAllocator:
                 max_seq_len=self.max_seq_len,
             )
             tensors = self._tensor(core, k), self._tensor(core, v)
+            if self._core is not core:  # closed meanwhile: kept here, they would keep its memory
+                raise Closed("the allocator was closed")
             self._layers[layer] = tensors
         return tensors
 
