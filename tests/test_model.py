@@ -181,7 +181,8 @@ class Trial:
         may: tuple[type[Exception], ...] = (),
     ) -> tuple[Any, va.VAttentionError | None]:
         """Calls; returns its result, or the error that it must or may raise."""
-        if self.armed and (not must or va.OutOfPages in must):
+        # A refusal that is not about the arguments may have waited for the driver first.
+        if self.armed and (not must or {va.OutOfPages, va.OutOfSlots} & set(must)):
             may = (*may, *must, va.BackendError, va.OutOfPages)
             must = (*must, va.BackendError) if must else ()
         try:
