@@ -207,11 +207,11 @@ std::int64_t Allocator::pick_slot(std::int64_t tokens) {
   std::int64_t smaller_tokens = 0;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
-    if (slot.state == SlotState::empty && !slot.busy) {
+    if (!usable(slot)) continue;
+    if (slot.state == SlotState::empty) {
       if (empty < 0) empty = i;
       continue;
     }
-    if (slot.state != SlotState::cached || !usable(slot)) continue;
     if (holed(slot)) {
       if (misplaced < 0) misplaced = i;
       continue;
@@ -282,11 +282,6 @@ void Allocator::throw_out_of_slots(std::size_t wanted) {
   const std::size_t late = late_slots();
   const auto live = std::count_if(slots_.begin(), slots_.end(),
                                   [](const Slot& slot) { return slot.state == SlotState::live; });
-  if (wanted > config_.max_sequences) {
-    throw OutOfSlots(std::to_string(wanted) + " sequences do not fit into " +
-                     std::to_string(config_.max_sequences) +
-                     " slots: make the allocator with more max_sequences");
-  }
   throw OutOfSlots((wanted == 1 ? std::string("no slot is free")
                                 : "no " + std::to_string(wanted) + " free slots stand in a row") +
                    ": " + std::to_string(live) + " of " + std::to_string(config_.max_sequences) +
@@ -303,28 +298,26 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
   require_open();
   require_length(tokens);
   if (num_sequences == 0) throw ConfigError("allocate needs one sequence at least");
-  const bool possible = num_sequences <= config_.max_sequences;
-  const auto count = static_cast<std::uint32_t>(possible ? num_sequences : 0);
+  if (num_sequences > config_.max_sequences) {
+    throw OutOfSlots(std::to_string(num_sequences) + " sequences do not fit into " +
+                     std::to_string(config_.max_sequences) +
+                     " slots: make the allocator with more max_sequences");
+  }
+  const auto count = static_cast<std::uint32_t>(num_sequences);
+  const auto being_emptied = [](const Slot& slot) {
+    return slot.busy && slot.state != SlotState::live;
+  };
   std::int64_t first = -1;
   for (;;) {
-    if (possible) first = count == 1 ? pick_slot(tokens) : pick_slots(count);
+    require_open();  // the lock may have been dropped
+    first = count == 1 ? pick_slot(tokens) : pick_slots(count);
     if (first >= 0) {
       if (!vacate_holed(lock, static_cast<std::uint32_t>(first), count)) break;
-      require_open();
-      continue;
+    } else if (std::any_of(slots_.begin(), slots_.end(), being_emptied)) {
+      pool_->wait_for_change(lock);
+    } else if (!pool_->collect(lock) && !(late_slots() > 0 && wait_for_a_fence(lock))) {
+      throw_out_of_slots(count);
     }
-    if (possible && std::any_of(slots_.begin(), slots_.end(), [](const Slot& slot) {
-          return slot.busy && slot.state != SlotState::live;
-        })) {
-      pool_->wait_for_change(lock);  // one is being emptied
-      require_open();
-      continue;
-    }
-    if (possible && (pool_->collect(lock) || (late_slots() > 0 && wait_for_a_fence(lock)))) {
-      require_open();
-      continue;
-    }
-    throw_out_of_slots(num_sequences);
   }
 
   const auto begin = static_cast<std::uint32_t>(first);

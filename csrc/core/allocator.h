@@ -258,6 +258,7 @@ class Allocator {
   // The slot's sequence is lost: the driver has left it in an unknown state.
   void give_up(std::uint32_t slot) noexcept;
   void note_clearing(const Growth& growth, Stream stream) noexcept;
+  Status note_clearing(Slot& slot, Stream stream) noexcept;
   void make_guard();
 
   // Giving up (reclaim.cpp). The plans append to work.unmaps and unmappings alike.

@@ -199,10 +199,17 @@ void Allocator::note_clearing(const Growth& growth, Stream stream) noexcept {
   for (const Change& change : growth.changes) {
     Slot& slot = slots_[change.slot];
     if (std::exchange(last, &slot) == &slot) continue;
-    slot.clearing = backend().record(slot.cleared, stream).ok();
-    slot.cleared_on = stream;
-    if (!slot.clearing) (void)backend().synchronize(stream);
+    if (!note_clearing(slot, stream).ok()) (void)backend().synchronize(stream);
   }
+}
+
+Status Allocator::note_clearing(Slot& slot, Stream stream) noexcept {
+  const Status status = backend().record(slot.cleared, stream);
+  if (status.ok()) {
+    slot.clearing = true;
+    slot.cleared_on = stream;
+  }
+  return status;
 }
 
 bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
@@ -212,7 +219,9 @@ bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
 }
 
 // Makes every target's tokens, and the slack behind them, mapped and clean, all at one moment,
-// which lasts until the lock is dropped; or throws and leaves them as they were.
+// which lasts until the lock is dropped; or throws, and no length and no live token has changed.
+// (Tails that were taken back, and what was mapped before a later attempt failed, are surplus
+// then.)
 void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers) {
   // Meanwhile nobody takes from a target what it is to have.
   struct Claims {
@@ -305,16 +314,28 @@ void Allocator::throw_device_full(std::size_t needed, const Status& status) cons
                          "), of which torch may hold some for later (torch.cuda.empty_cache())");
 }
 
-// Growth takes back what a trim has cut off and nobody has unmapped yet. It will be cleared on the
-// stream, where what was enqueued before the trim may still be read on another.
+// Growth takes back what a trim has cut off and nobody has unmapped yet. It will be cleared, where
+// what was enqueued before the trim may still be read: on the stream, which is made to wait for
+// that, or by the mapper, which looks at `cleared` first. Changes nothing where it throws.
 void Allocator::take_back_tails(Slot& slot, Stream stream) {
-  bool taken = false;
-  for (std::size_t i = slot.retired.size(); i-- > 0;) {
-    Retired& retired = slot.retired[i];
+  if (!has_retired_tail(slot)) return;
+  for (const Retired& retired : slot.retired) {
     if (!retired.tail) continue;
     if (const Status status = backend().wait(stream, retired.fence); !status.ok()) {
       throw_status(backend(), status);
     }
+  }
+  if (pool_->config().zero) {
+    follow_clearing(slot, stream);
+    if (slot.cleared == 0) slot.cleared = pool_->borrow_fence();
+    if (const Status status = note_clearing(slot, stream); !status.ok()) {
+      throw_status(backend(), status);
+    }
+    slot.tail_back = true;
+  }
+  for (std::size_t i = slot.retired.size(); i-- > 0;) {
+    Retired& retired = slot.retired[i];
+    if (!retired.tail) continue;
     for (Cut& cut : retired.cuts) {
       Run& run = slot.runs[cut.region];
       if (run.mappings.empty()) run.front = cut.first();
@@ -325,16 +346,7 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
     pool_->return_fence(retired.fence);
     slot.retired.erase(slot.retired.begin() + static_cast<std::ptrdiff_t>(i));
     --retired_entries_;
-    taken = true;
   }
-  if (!taken || !pool_->config().zero) return;
-  follow_clearing(slot, stream);
-  if (slot.cleared == 0) slot.cleared = pool_->borrow_fence();
-  if (const Status status = backend().record(slot.cleared, stream); !status.ok()) {
-    throw_status(backend(), status);
-  }
-  slot.cleared_on = stream;
-  slot.clearing = slot.tail_back = true;
 }
 
 // The mapper's part: grows the sequences that come near the end of what they have. Drops the lock.

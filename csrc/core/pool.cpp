@@ -369,12 +369,13 @@ std::size_t Pool::evict(Lock& lock, std::size_t bytes) {
 bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
   if (collect(lock) || evict(lock, bytes) > 0) return true;
   if (!waiting_allowed) return false;
-  for (std::size_t i = 0; i < allocators_.size(); ++i) {
-    Allocator* allocator = allocators_[i];
-    if (allocator->closed_ || !allocator->any_fence_pending()) continue;
+  const auto late = std::find_if(allocators_.begin(), allocators_.end(), [](const Allocator* a) {
+    return !a->closed_ && a->any_fence_pending();
+  });
+  if (late != allocators_.end()) {  // it looks at the fences of all
+    Allocator* allocator = *late;
     const Use use(*this, *allocator);
     if (allocator->wait_for_a_fence(lock)) return true;
-    break;  // it looks at all of them
   }
   Work work;
   std::vector<Unmapping> unmappings;
