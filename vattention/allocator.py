@@ -139,7 +139,10 @@ class KVAllocator:
             lookahead_tokens=check_int(lookahead_tokens, name="lookahead_tokens", minimum=0),
             fence_timeout_ms=int(_check_timeout(fence_timeout_s) * 1000),
         )
+        self.tail_slack_tokens = slack
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # What vattention.attention.attend has made for this allocator.
+        self._attentions: dict[Any, Any] = {}
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, over all slots; the same tensors, at the same address, for ever.
@@ -157,18 +160,26 @@ class KVAllocator:
         layer = check_int(layer, name="layer", minimum=0, maximum=self.layout.num_layers - 1)
         tensors = self._layers.get(layer)
         if tensors is None:
-            k, v = self.layout.tensor_specs(
-                layer,
-                region_offsets_bytes=self._geometry.region_offsets_bytes,
-                slot_strides_bytes=self._geometry.slot_strides_bytes,
-                max_sequences=self.max_sequences,
-                max_seq_len=self.max_seq_len,
-            )
+            k, v = self.layer_specs(layer)
             tensors = self._tensor(core, k), self._tensor(core, v)
             if self._core is not core:  # closed meanwhile: kept here, they would keep its memory
                 raise Closed("the allocator was closed")
             self._layers[layer] = tensors
         return tensors
+
+    def layer_specs(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
+        """Where K and V of one layer lie, and their shapes and strides, without the tensors.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        return self.layout.tensor_specs(
+            layer,
+            region_offsets_bytes=self._geometry.region_offsets_bytes,
+            slot_strides_bytes=self._geometry.slot_strides_bytes,
+            max_sequences=self.max_sequences,
+            max_seq_len=self.max_seq_len,
+        )
 
     def allocate(self, num_tokens: int = 0) -> Sequence:
         """Begins a sequence, mapped for `num_tokens` tokens, in the freed slot that fits best.
@@ -259,6 +270,7 @@ class KVAllocator:
         if self._core is not None:
             self._core.close()
             self._layers.clear()
+            self._attentions.clear()
             self._core = None
 
     def __enter__(self) -> KVAllocator:

@@ -109,13 +109,14 @@ class Pool:
             if max_extent is None
             else parse_bytes(max_extent, name="max_extent")
         )
+        self.zero = check_bool(zero, name="zero")
         self._core = _core.Pool(
             backend=backend,
             budget_bytes=budget,
             low_bytes=_watermark(low_watermark, "low_watermark"),
             high_bytes=_watermark(high_watermark, "high_watermark"),
             max_extent_bytes=self.max_extent_bytes,
-            zero=check_bool(zero, name="zero"),
+            zero=self.zero,
             background=check_bool(background, name="background"),
         )
         _open_pools.add(self)

@@ -1,0 +1,255 @@
+"""Attention over an allocator's slots: one call, whatever computes it.
+
+    batch = Batch.of({first: 1, second: 1, third: 512})
+    out = attend(q, kv, layer, batch)
+
+`attend` keeps, in the allocator, an `Attention` for each kind of attention that it was asked for.
+Engines make one themselves: then everything that can be checked is checked before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from vattention.allocator import KVAllocator
+from vattention.attention.backend import Backend, Scales
+from vattention.attention.batch import Batch
+from vattention.attention.needs import Options
+from vattention.attention.select import BACKENDS, backend_class, fastest
+from vattention.errors import BackendUnavailable, ConfigError
+from vattention.sequence import Sequence
+
+__all__ = ["Attention", "attend", "backends"]
+
+
+def backends(kv: KVAllocator, options: Options) -> dict[str, list[str]]:
+    """Every backend by name, and why it cannot run over that memory; no reasons: it can.
+
+    Tail slack is not among the reasons, since it depends on the batch.
+    """
+    return {
+        name: [f"{missing} is not installed"] if missing else backend.needs.unmet_by(kv, options)
+        for name, backend in BACKENDS.items()
+        for missing in (_missing_for(backend, kv),)
+    }
+
+
+def _missing_for(backend: type[Backend], kv: KVAllocator) -> str | None:
+    return backend.missing() if backend.needs.device == kv.device.type else None
+
+
+class Attention:
+    """One kind of attention over one allocator.
+
+    Args:
+        kv: the allocator.
+        options: what is to be computed.
+        backend: a name of `BACKENDS`, or "auto": for each batch the fastest one that was measured
+            to be, see `vattention.attention.select`.
+
+    Raises:
+        ConfigError: no such backend, or it cannot run over that memory; the message says why and
+            what to do.
+        BackendUnavailable: what it calls is not installed.
+    """
+
+    def __init__(self, kv: KVAllocator, options: Options, backend: str = "auto") -> None:
+        """Loads the libraries that may be used."""
+        if not isinstance(kv, KVAllocator):
+            raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
+        if backend == "auto":
+            reasons = backends(kv, options)
+            names = [name for name, why in reasons.items() if not why]
+            if not names:
+                shown = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
+                raise ConfigError(f"no attention backend can run here: {shown}")
+        else:
+            found = backend_class(backend)
+            missing = _missing_for(found, kv)
+            if missing:
+                raise BackendUnavailable(f"the attention backend {backend!r} needs {missing}")
+            why = found.needs.unmet_by(kv, options)
+            if why:
+                raise ConfigError(f"the attention backend {backend!r}: {'; '.join(why)}")
+            names = [backend]
+        self.options = options
+        self.requested = backend
+        self._layout = kv.layout
+        self._max_seq_len = kv.max_seq_len
+        self._device = kv.device
+        self._names = names
+        self._made = {name: BACKENDS[name](kv, options) for name in names}
+        self._chosen: dict[tuple[object, ...], Backend] = {}
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        batch: Batch,
+        *,
+        sinks: torch.Tensor | None = None,
+        scales: Scales | None = None,
+    ) -> torch.Tensor:
+        """Attention of a batch's queries over what its sequences hold; see :func:`attend`."""
+        self._check(q, batch, sinks)
+        backend = self.backend_for(batch)
+        k, v = batch.kv.layer(layer)
+        if batch.max_length < self._max_seq_len:
+            stop = max(batch.max_length, 1)
+            k, v = k[:, :stop], v[:, :stop]
+        return backend.attend(q, k, v, batch, sinks=sinks, scales=scales)
+
+    def backend_for(self, batch: Batch, *, graph: bool = False) -> Backend:
+        """What computes that batch.
+
+        Args:
+            batch: the batch.
+            graph: it will be captured into a CUDA graph, which other lengths are replayed with.
+
+        Raises:
+            ConfigError: tails are not fit for it, or it cannot be captured; the message says what
+                to do.
+        """
+        graph = graph or _is_capturing(batch)
+        lengths = batch.host_lengths
+        exact = not graph and batch.derived("exact", lambda: _is_exact(batch))
+        key = (
+            batch.is_decode,
+            batch.num_rows.bit_length(),
+            batch.max_length.bit_length(),
+            exact,
+            graph,
+            lengths is None,
+        )
+        backend = self._chosen.get(key)
+        if backend is None:
+            backend = self._chosen[key] = self._choose(batch, exact, graph)
+        return backend
+
+    def _choose(self, batch: Batch, exact: bool, graph: bool) -> Backend:
+        reasons = {
+            name: self._unmet_by_batch(self._made[name], batch, exact, graph)
+            for name in self._names
+        }
+        fit = [name for name, why in reasons.items() if not why]
+        if not fit:
+            shown = "; ".join(f"{name!r}: {', '.join(why)}" for name, why in reasons.items())
+            raise ConfigError(f"no attention backend can compute this batch: {shown}")
+        return self._made[
+            fastest(
+                fit,
+                self._device,
+                decode=batch.is_decode,
+                rows=batch.num_rows,
+                length=batch.max_length,
+            )
+        ]
+
+    @staticmethod
+    def _unmet_by_batch(backend: Backend, batch: Batch, exact: bool, graph: bool) -> list[str]:
+        needs = backend.needs
+        reasons = needs.slack_unmet_by(batch.kv, exact)
+        if graph and not needs.graph_safe:
+            reasons.append(
+                "it plans for the lengths at hand, so a CUDA graph of it serves no other"
+            )
+        if batch.host_lengths is None and needs.host_lengths:
+            reasons.append("it plans on the host, which does not know this batch's lengths")
+        return reasons
+
+    def _check(self, q: torch.Tensor, batch: Batch, sinks: torch.Tensor | None) -> None:
+        layout = self._layout
+        wanted = (batch.num_queries, self.options.num_heads, layout.head_dim)
+        if q.shape != wanted or q.dtype is not layout.dtype or q.device != self._device:
+            raise ConfigError(
+                f"q must be {list(wanted)} of {layout.dtype} on {self._device}; got "
+                f"{list(q.shape)} of {q.dtype} on {q.device}"
+            )
+        if batch.kv.layout is not layout or batch.kv.max_seq_len != self._max_seq_len:
+            raise ConfigError("the batch is of another allocator than this attention")
+        if (sinks is not None) is not self.options.sinks:
+            raise ConfigError("pass sinks where the options say so, and only there")
+
+    def __repr__(self) -> str:
+        """What it may call."""
+        return f"Attention({self.requested!r}: {', '.join(self._names)})"
+
+
+def _is_exact(batch: Batch) -> bool:
+    lengths = batch.host_lengths
+    return lengths is not None and all(length in (0, batch.max_length) for length in lengths)
+
+
+def _is_capturing(batch: Batch) -> bool:
+    return batch.kv.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def attend(
+    q: torch.Tensor,
+    kv: KVAllocator,
+    layer: int,
+    batch: Batch | Mapping[Sequence, int],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    scales: Scales | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of some sequences' last tokens over all their tokens: prefill, decode, or both.
+
+    K and V of those tokens are written already, see :func:`vattention.attention.append`. Nothing
+    waits for the device.
+
+    Args:
+        q: queries, ``[num_queries, num_heads, head_dim]``, row after row of the batch, in the
+            layout's dtype.
+        kv: the allocator.
+        layer: 0 to ``num_layers - 1``.
+        batch: which sequences, and how many queries each has; or a mapping that says so, of which
+            a batch is made for this call.
+        causal: whether a query sees nothing behind its own position.
+        window: how many tokens a query sees, itself included; None: all before it.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
+        sinks: ``[num_heads]``, a logit for each head that takes weight and has no value.
+        scale: factor on the scores; None: ``head_dim ** -0.5``.
+        scales: what 8-bit floats stand for.
+        backend: "auto", or one of ``BACKENDS``.
+
+    Returns:
+        ``[num_queries, num_heads, v_head_dim]``.
+
+    Raises:
+        ConfigError: an argument does not fit, or no backend can compute this; nothing has run.
+        BackendUnavailable: what the backend calls is not installed.
+    """
+    if isinstance(batch, Mapping):
+        batch = Batch.of(batch)
+    if batch.kv is not kv:
+        raise ConfigError("the batch has sequences of another allocator")
+    key = (
+        backend,
+        q.shape[1] if q.dim() == 3 else 1,
+        causal,
+        window,
+        softcap,
+        sinks is None,
+        scale,
+    )
+    attention = kv._attentions.get(key)
+    if attention is None:
+        options = Options(
+            num_heads=key[1],
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            sinks=sinks is not None,
+            scale=scale,
+        )
+        attention = kv._attentions[key] = Attention(kv, options, backend)
+    result: torch.Tensor = attention(q, layer, batch, sinks=sinks, scales=scales)
+    return result

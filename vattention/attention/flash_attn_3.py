@@ -1,0 +1,197 @@
+"""FlashAttention-3, for Hopper, from whichever of its builds is installed.
+
+All of them register one operator with the same arguments, less or more:
+
+- `flash_attn_3`: the package built from FlashAttention's `hopper/` folder;
+- `fa3_fwd`: the same, forward only, as a wheel;
+- vLLM's `_vllm_fa3_C`, from an installed vLLM, or from the file that `VATTENTION_FA3` names.
+
+It loads whole tiles by TMA: behind a length something must be mapped, and be finite.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from vattention.allocator import KVAllocator
+from vattention.attention.backend import Backend, Scales
+from vattention.attention.batch import Batch
+from vattention.attention.needs import Needs, Options
+
+__all__ = ["LIBRARY", "FlashAttention3", "FlashAttention3Forward", "FlashAttention3Vllm"]
+
+LIBRARY = "VATTENTION_FA3"
+"""The variable that names a file which registers vLLM's operator."""
+
+_TILE_TOKENS = 256
+
+
+class _FlashAttention3(Backend):
+    """The operator `fwd`, always with variable-length queries and an index of slots."""
+
+    namespace: ClassVar[str]
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Its build."""
+        return None if _is_loaded(cls) else cls._what_is_missing()
+
+    @classmethod
+    @abstractmethod
+    def _what_is_missing(cls) -> str: ...
+
+    @classmethod
+    @abstractmethod
+    def _load(cls) -> bool:
+        """Registers the operator if its build is here, and says whether it is."""
+
+    def __init__(self, kv: KVAllocator, options: Options) -> None:
+        super().__init__(kv, options)
+        _is_loaded(type(self))
+        self._op = getattr(torch.ops, self.namespace).fwd.default
+        self._parameters = [argument.name for argument in self._op._schema.arguments]
+        window = options.window
+        self._constant: dict[str, Any] = {
+            "softmax_scale": self.scale,
+            "window_size_left": -1 if window is None else window - 1,
+            "window_size_right": -1 if window is None else 0,
+            "attention_chunk": 0,
+            "softcap": options.softcap,
+            "is_rotary_interleaved": True,
+            "num_splits": 0,
+            "sm_margin": 0,
+            "cp_world_size": 1,
+            "cp_rank": 0,
+        }
+
+    @property
+    def version(self) -> str:
+        """Which build it is; none of them says more."""
+        return self.namespace
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: Batch,
+        *,
+        sinks: torch.Tensor | None,
+        scales: Scales | None,
+    ) -> torch.Tensor:
+        """See `Backend.attend`."""
+        given = self._constant | {
+            "q": q,
+            "k": k,
+            "v": v,
+            "cu_seqlens_q": batch.query_starts,
+            "seqused_k": batch.lengths,
+            "max_seqlen_q": batch.max_queries,
+            "max_seqlen_k": k.shape[1],
+            "kv_batch_idx": batch.slots,
+            "is_causal": self.options.causal and batch.max_queries > 1,
+            "s_aux": sinks,
+            "q_descale": scales and scales.q,
+            "k_descale": scales and scales.k,
+            "v_descale": scales and scales.v,
+        }
+        # By name, since builds differ in what they take; what none of them is given is optional.
+        output: torch.Tensor = self._op(*[given.get(name) for name in self._parameters])[0]
+        return output
+
+
+_HOPPER = ((9, 0), (10, 0))
+_NEEDS = Needs(
+    device="cuda",
+    capabilities=_HOPPER,
+    dtypes=(torch.float16, torch.bfloat16, torch.float8_e4m3fn),
+    head_dims=(256, 8),
+    v_head_dims=True,
+    tail_slack_tokens=_TILE_TOKENS,
+    finite_tail=True,
+    max_tokens=2**31,
+    softcap=True,
+)
+
+
+class FlashAttention3(_FlashAttention3):
+    """The package that is built from FlashAttention's `hopper/` folder."""
+
+    name = "fa3"
+    namespace = "flash_attn_3"
+    needs = _NEEDS
+
+    @classmethod
+    def _what_is_missing(cls) -> str:
+        return "the package flash_attn_3, built from FlashAttention's folder hopper/"
+
+    @classmethod
+    def _load(cls) -> bool:
+        return _import("flash_attn_3")
+
+
+class FlashAttention3Forward(_FlashAttention3):
+    """The wheel `fa3-fwd`: built without half precision, and without windows."""
+
+    name = "fa3_fwd"
+    namespace = "fa3_fwd"
+    needs = replace(_NEEDS, dtypes=(torch.bfloat16, torch.float8_e4m3fn), window=False)
+
+    @classmethod
+    def _what_is_missing(cls) -> str:
+        return "the package fa3-fwd"
+
+    @classmethod
+    def _load(cls) -> bool:
+        return _import("fa3_fwd")
+
+
+class FlashAttention3Vllm(_FlashAttention3):
+    """The one inside vLLM: it has sinks."""
+
+    name = "fa3_vllm"
+    namespace = "_vllm_fa3_C"
+    needs = replace(_NEEDS, sinks=True)
+
+    @classmethod
+    def _what_is_missing(cls) -> str:
+        return f"the package vllm, or {LIBRARY} naming its file _vllm_fa3_C.abi3.so"
+
+    @classmethod
+    def _load(cls) -> bool:
+        path = os.environ.get(LIBRARY)
+        if not path:
+            # Its folder, without importing vLLM, which takes seconds.
+            spec = importlib.util.find_spec("vllm")
+            folders = [] if spec is None else spec.submodule_search_locations or []
+            files = [
+                file
+                for folder in folders
+                for file in Path(folder, "vllm_flash_attn").glob("_vllm_fa3_C*.so")
+            ]
+            if not files:
+                return False
+            path = str(files[0])
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        return True
+
+
+def _import(package: str) -> bool:
+    if importlib.util.find_spec(package) is None:
+        return False
+    importlib.import_module(f"{package}._C")
+    return True
+
+
+@functools.cache
+def _is_loaded(cls: type[_FlashAttention3]) -> bool:
+    return hasattr(getattr(torch.ops, cls.namespace), "fwd") or cls._load()

@@ -1,0 +1,205 @@
+"""What a kernel needs of memory and can compute, as data; and what there is, held against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vattention.allocator import KVAllocator
+from vattention.config import check_int
+from vattention.errors import ConfigError
+
+__all__ = ["Needs", "Options"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What attention is to be computed; the same for all calls of a model's layer.
+
+    Attributes:
+        num_heads: query heads; a multiple of the layout's K and V heads.
+        causal: whether a query sees nothing behind its own position. The last query of a row is
+            its last token.
+        window: how many tokens a query sees, itself included; None: all before it.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
+        sinks: whether each query head has a learned logit that takes weight and has no value.
+        scale: factor on the scores; None: ``head_dim ** -0.5``.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    num_heads: int
+    causal: bool = True
+    window: int | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every argument."""
+        check_int(self.num_heads, name="num_heads", minimum=1)
+        if self.window is not None:
+            check_int(self.window, name="window", minimum=1, maximum=2**31 - 1)
+            if not self.causal:
+                raise ConfigError("a window looks back from each query: it needs causal=True")
+        if not self.softcap >= 0:
+            raise ConfigError(f"softcap must be 0 (none) or more; got {self.softcap}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a backend's kernels need, and what they know.
+
+    Attributes:
+        device: "cuda", or "cpu".
+        capabilities: compute capabilities that have the kernel, as (major, minor) from the first
+            to before the second; None: any.
+        dtypes: of K, V and the queries.
+        head_dims: the largest head, and what a head's size must be a multiple of.
+        v_head_dims: whether V's heads may differ from K's.
+        tail_slack_tokens: tokens behind a length that are loaded though they do not count, so
+            that something must be mapped there. Only where the tensor that is handed over ends
+            behind that length: one sequence alone can be handed over exactly.
+        finite_tail: whether what is loaded there must be finite.
+        whole_rows: whether slots must be a whole number of rows apart, because the kernel takes
+            where they start in rows.
+        equal_strides: whether K and V must have the same strides.
+        max_tokens: slots times their rows must stay below this, where the kernel counts rows with
+            that many numbers; None: no limit that matters.
+        max_elements: elements from the first to the last of a layer's K must stay below this.
+        window: whether it has sliding windows.
+        softcap: whether it has a softcap.
+        sinks: whether it has sinks.
+        ragged_queries: whether rows may have different numbers of queries.
+        graph_safe: whether a CUDA graph of it serves other lengths than those at its capture.
+        host_lengths: whether it plans on the host, from lengths that the host must know.
+        splits_by_capacity: whether it divides its work by the length that it is told and not by
+            the lengths that are: a bound far above them is slow.
+        alignment_bytes: of addresses and strides.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, int]
+    capabilities: tuple[tuple[int, int], tuple[int, int]] | None = None
+    v_head_dims: bool = False
+    tail_slack_tokens: int = 0
+    finite_tail: bool = False
+    whole_rows: bool = False
+    equal_strides: bool = False
+    max_tokens: int | None = None
+    max_elements: int | None = None
+    window: bool = True
+    softcap: bool = False
+    sinks: bool = False
+    ragged_queries: bool = True
+    graph_safe: bool = True
+    host_lengths: bool = False
+    splits_by_capacity: bool = False
+    alignment_bytes: int = 16
+
+    def unmet_by(self, kv: KVAllocator, options: Options) -> list[str]:
+        """Why these kernels cannot run over that allocator's memory; empty if they can.
+
+        Tail slack is not among it: whether it matters depends on the batch, see
+        :meth:`slack_unmet_by`.
+        """
+        layout, reasons = kv.layout, []
+        if kv.device.type != self.device:
+            return [f"it runs on {self.device}, the memory is on {kv.device}"]
+        if self.device == "cuda" and self.capabilities is not None:
+            first, end = self.capabilities
+            device = torch.cuda.get_device_capability(kv.device)
+            if not first <= device < end:
+                reasons.append(
+                    f"it has kernels for compute capability {first[0]}.{first[1]} to below "
+                    f"{end[0]}.{end[1]}, the device has {device[0]}.{device[1]}"
+                )
+        if layout.dtype not in self.dtypes:
+            reasons.append(f"it takes {_names(self.dtypes)}, not {layout.dtype}")
+        largest, multiple = self.head_dims
+        if layout.head_dim > largest or layout.head_dim % multiple:
+            reasons.append(
+                f"it takes heads of up to {largest} in multiples of {multiple}, not "
+                f"{layout.head_dim}"
+            )
+        if layout.is_latent:
+            reasons.append("it has no kernel for a latent that is K and V at once")
+        elif layout.v_dim != layout.head_dim and not self.v_head_dims:
+            reasons.append(f"V must have heads of {layout.head_dim} as K has, not {layout.v_dim}")
+        for wanted, has, name in (
+            (options.window is not None, self.window, "sliding windows"),
+            (options.softcap > 0, self.softcap, "a softcap"),
+            (options.sinks, self.sinks, "sinks"),
+        ):
+            if wanted and not has:
+                reasons.append(f"it has not {name}")
+        if options.num_heads % layout.num_kv_heads:
+            reasons.append(
+                f"{options.num_heads} query heads cannot share {layout.num_kv_heads} heads of K"
+            )
+        return reasons + self._strides_unmet_by(kv)
+
+    def _strides_unmet_by(self, kv: KVAllocator) -> list[str]:
+        reasons = []
+        item = kv.layout.itemsize
+        for layer in _distinct_layers(kv):
+            k, v = kv.layer_specs(layer)
+            if self.equal_strides and k.strides != v.strides:
+                reasons.append("K and V must lie in rows of the same size")
+            for spec in (k, v):
+                slot, row = spec.strides[:2]
+                if self.whole_rows and slot % row:
+                    reasons.append(
+                        f"slots must be a whole number of rows apart; here a slot has {slot * item}"
+                        f" bytes, a row {row * item}: choose row_padding_bytes or layers_per_row "
+                        "so that a row divides the page"
+                    )
+                tokens = kv.max_sequences * -(-slot // row)
+                if self.max_tokens is not None and tokens >= self.max_tokens:
+                    reasons.append(
+                        f"it numbers tokens up to {self.max_tokens:,}, here are {tokens:,}: lower "
+                        "max_sequences or max_seq_len"
+                    )
+                elements = (kv.max_sequences - 1) * slot + kv.max_seq_len * row
+                if self.max_elements is not None and elements >= self.max_elements:
+                    reasons.append(
+                        f"it computes offsets up to {self.max_elements:,} elements, here are "
+                        f"{elements:,}: lower max_sequences or max_seq_len, or use another backend"
+                    )
+                if any(stride * item % self.alignment_bytes for stride in spec.strides[:3]):
+                    reasons.append(f"strides must be multiples of {self.alignment_bytes} bytes")
+        return list(dict.fromkeys(reasons))
+
+    def slack_unmet_by(self, kv: KVAllocator, exact: bool) -> list[str]:
+        """Why tails are not fit for these kernels; empty if they are.
+
+        Args:
+            kv: the allocator.
+            exact: whether every tensor that is handed over ends at its sequence's length.
+        """
+        reasons = []
+        if not exact and kv.tail_slack_tokens < self.tail_slack_tokens:
+            reasons.append(
+                f"it loads up to {self.tail_slack_tokens} tokens behind a length, and only "
+                f"{kv.tail_slack_tokens} are mapped: make the KVAllocator with "
+                f"tail_slack_tokens={self.tail_slack_tokens}"
+            )
+        if self.finite_tail and not kv.pool.zero:
+            reasons.append(
+                "what lies behind a length must be finite, and this pool is not cleared: make the "
+                "Pool with zero=True"
+            )
+        return reasons
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)
+
+
+def _distinct_layers(kv: KVAllocator) -> range:
+    """The first and the last: all others lie in rows like the first's."""
+    last = kv.layout.num_layers - 1
+    return range(0, last + 1, max(last, 1))

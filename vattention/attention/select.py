@@ -1,0 +1,94 @@
+"""Which backend runs: the one that is asked for, or the fastest where it was measured.
+
+`measured.json` beside this file is what `python -m bench attention --save` wrote: for a device, a
+phase and a shape, the time of each backend. `auto` looks up the nearest shape of the device in
+use, or of the one most like it, and takes the fastest of those that can run. A backend that was
+not measured there comes after all that were.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any
+
+import torch
+
+from vattention.attention.backend import Backend
+from vattention.attention.flash_attn_2 import FlashAttention2
+from vattention.attention.flash_attn_3 import (
+    FlashAttention3,
+    FlashAttention3Forward,
+    FlashAttention3Vllm,
+)
+from vattention.attention.reference import Torch
+from vattention.attention.torch_flash import TorchFlash
+from vattention.errors import ConfigError
+
+__all__ = ["BACKENDS", "backend_class", "fastest"]
+
+BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend
+    for backend in (
+        FlashAttention3Vllm,
+        FlashAttention3,
+        FlashAttention3Forward,
+        FlashAttention2,
+        TorchFlash,
+        Torch,
+    )
+}
+"""All of them by name; where nothing was measured, the first that can run is taken."""
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The backend of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = BACKENDS.get(name)
+    if found is None:
+        raise ConfigError(f'backend must be "auto" or one of {", ".join(BACKENDS)}; got {name!r}')
+    return found
+
+
+def fastest(
+    names: Iterable[str], device: torch.device, *, decode: bool, rows: int, length: int
+) -> str:
+    """The fastest of these backends for a batch of `rows` sequences of about `length` tokens."""
+    names = list(names)
+    times = _nearest(device, decode, rows, length)
+    order = list(BACKENDS)
+    return min(names, key=lambda name: (times.get(name, math.inf), order.index(name)))
+
+
+def _nearest(device: torch.device, decode: bool, rows: int, length: int) -> dict[str, float]:
+    """The times of the measured shape that is nearest, as a ratio in each direction."""
+    if device.type != "cuda":
+        return {}
+    phase = "decode" if decode else "prefill"
+    shapes = [shape for shape in _shapes(device.index or 0) if shape["phase"] == phase]
+    if not shapes:
+        return {}
+
+    def distance(shape: dict[str, Any]) -> float:
+        return abs(math.log(rows / shape["rows"])) + abs(math.log(max(length, 1) / shape["length"]))
+
+    times: dict[str, float] = min(shapes, key=distance)["us"]
+    return times
+
+
+@functools.cache
+def _shapes(device_index: int) -> list[dict[str, Any]]:
+    """What was measured on this device, else on one of its capability."""
+    text = resources.files("vattention.attention").joinpath("measured.json").read_text()
+    devices: list[dict[str, Any]] = json.loads(text)["devices"]
+    name = torch.cuda.get_device_name(device_index)
+    capability = list(torch.cuda.get_device_capability(device_index))
+    same = [device for device in devices if device["name"] == name]
+    alike = [device for device in devices if device["capability"] == capability]
+    return [shape for device in same or alike[:1] for shape in device["shapes"]]
