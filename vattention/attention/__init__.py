@@ -11,8 +11,8 @@ from vattention.attention.append import Rope, append
 from vattention.attention.attend import Attention, attend, backends
 from vattention.attention.backend import Backend, Scales
 from vattention.attention.batch import Batch
+from vattention.attention.choice import BACKENDS
 from vattention.attention.needs import Needs, Options
-from vattention.attention.select import BACKENDS
 
 __all__ = [
     "BACKENDS",

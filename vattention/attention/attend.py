@@ -16,8 +16,8 @@ import torch
 from vattention.allocator import KVAllocator
 from vattention.attention.backend import Backend, Scales
 from vattention.attention.batch import Batch
+from vattention.attention.choice import BACKENDS, backend_class, fastest
 from vattention.attention.needs import Options
-from vattention.attention.select import BACKENDS, backend_class, fastest
 from vattention.errors import BackendUnavailable, ConfigError
 from vattention.sequence import Sequence
 
@@ -47,7 +47,7 @@ class Attention:
         kv: the allocator.
         options: what is to be computed.
         backend: a name of `BACKENDS`, or "auto": for each batch the fastest one that was measured
-            to be, see `vattention.attention.select`.
+            to be, see `vattention.attention.choice`.
 
     Raises:
         ConfigError: no such backend, or it cannot run over that memory; the message says why and

@@ -28,7 +28,6 @@ class FlashAttention2(Backend):
         dtypes=(torch.float16, torch.bfloat16),
         head_dims=(256, 8),
         whole_rows=True,
-        equal_strides=True,
         max_tokens=2**31,
         softcap=True,
         splits_by_capacity=True,

@@ -63,8 +63,8 @@ class Needs:
             that something must be mapped there. Only where the tensor that is handed over ends
             behind that length: one sequence alone can be handed over exactly.
         finite_tail: whether what is loaded there must be finite.
-        whole_rows: whether slots must be a whole number of rows apart, because the kernel takes
-            where they start in rows.
+        whole_rows: whether slots must be a whole number of rows apart, as many in K as in V,
+            because the kernel takes where they start in rows.
         equal_strides: whether K and V must have the same strides.
         max_tokens: slots times their rows must stay below this, where the kernel counts rows with
             that many numbers; None: no limit that matters.
@@ -149,6 +149,8 @@ class Needs:
             k, v = kv.layer_specs(layer)
             if self.equal_strides and k.strides != v.strides:
                 reasons.append("K and V must lie in rows of the same size")
+            if self.whole_rows and k.strides[0] * v.strides[1] != v.strides[0] * k.strides[1]:
+                reasons.append("slots must have as many rows of K as of V")
             for spec in (k, v):
                 slot, row = spec.strides[:2]
                 if self.whole_rows and slot % row:

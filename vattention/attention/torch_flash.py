@@ -25,7 +25,6 @@ class TorchFlash(Backend):
         dtypes=(torch.float16, torch.bfloat16),
         head_dims=(256, 8),
         whole_rows=True,
-        equal_strides=True,
         max_tokens=2**31,
         splits_by_capacity=True,
     )

@@ -25,6 +25,7 @@ from vattention.attention.flash_attn_3 import (
     FlashAttention3Vllm,
 )
 from vattention.attention.reference import Torch
+from vattention.attention.torch_efficient import TorchEfficient
 from vattention.attention.torch_flash import TorchFlash
 from vattention.errors import ConfigError
 
@@ -38,6 +39,7 @@ BACKENDS: dict[str, type[Backend]] = {
         FlashAttention3Forward,
         FlashAttention2,
         TorchFlash,
+        TorchEfficient,
         Torch,
     )
 }
