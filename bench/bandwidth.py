@@ -210,7 +210,7 @@ def _shuffle_free_pages(context: Context, pool: va.Pool, pages: int) -> dict[int
     """
     head_dim = pool.page_bytes // 32
     one_page_a_token = va.KVLayout(
-        num_layers=1, num_kv_heads=16, head_dim=head_dim, dtype=torch.uint8
+        num_layers=1, num_kv_heads=16, head_dim=head_dim, dtype=torch.uint8, order="token"
     )
     assert one_page_a_token.row_bytes == (pool.page_bytes,)
     with va.KVAllocator(

@@ -25,14 +25,33 @@ ONE = va.KVLayout.latent(num_layers=1, latent_dim=128, dtype=torch.bfloat16)
 LAYER = va.KVLayout(num_layers=2, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16, order="layer")
 LAYOUTS = {
     "layer": LAYER,
+    # Two layers' K in one region and two layers' V in another, then one layer's of each.
+    "balanced": va.KVLayout(
+        num_layers=3,
+        num_kv_heads=3,
+        head_dim=40,
+        v_head_dim=24,
+        dtype=torch.float16,
+        order="balanced",
+        layers_per_row=2,
+    ),
     # 1,440 bytes a row, which do not divide a page.
-    "token": va.KVLayout(num_layers=3, num_kv_heads=3, head_dim=40, dtype=torch.float16),
-    "latent-token": va.KVLayout.latent(num_layers=3, latent_dim=72, dtype=torch.bfloat16),
+    "token": va.KVLayout(
+        num_layers=3, num_kv_heads=3, head_dim=40, dtype=torch.float16, order="token"
+    ),
+    "latent-token": va.KVLayout.latent(
+        num_layers=3, latent_dim=72, dtype=torch.bfloat16, order="token"
+    ),
     "latent-layer": va.KVLayout.latent(
         num_layers=2, latent_dim=72, dtype=torch.bfloat16, order="layer"
     ),
     "unequal-heads": va.KVLayout(
-        num_layers=2, num_kv_heads=2, head_dim=48, v_head_dim=32, dtype=torch.float16
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=48,
+        v_head_dim=32,
+        dtype=torch.float16,
+        order="token",
     ),
     "unequal-heads-layer": va.KVLayout(
         num_layers=1,
@@ -43,12 +62,21 @@ LAYOUTS = {
         order="layer",
     ),
     # 24 bytes of K and of V, rounded up to 32.
-    "fp8": va.KVLayout(num_layers=2, num_kv_heads=1, head_dim=24, dtype=torch.float8_e4m3fn),
+    "fp8": va.KVLayout(
+        num_layers=2, num_kv_heads=1, head_dim=24, dtype=torch.float8_e4m3fn, order="token"
+    ),
     "int8": va.KVLayout(num_layers=2, num_kv_heads=4, head_dim=32, dtype=torch.int8, order="layer"),
-    "fp32": va.KVLayout(num_layers=2, num_kv_heads=1, head_dim=20, dtype=torch.float32),
+    "fp32": va.KVLayout(
+        num_layers=2, num_kv_heads=1, head_dim=20, dtype=torch.float32, order="token"
+    ),
     # Three regions, of which the last has smaller rows.
     "layers-per-row": va.KVLayout(
-        num_layers=5, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16, layers_per_row=2
+        num_layers=5,
+        num_kv_heads=2,
+        head_dim=16,
+        dtype=torch.bfloat16,
+        order="token",
+        layers_per_row=2,
     ),
     # On the host a row takes more than a page.
     "large-rows": va.KVLayout(
@@ -56,6 +84,7 @@ LAYOUTS = {
         num_kv_heads=4,
         head_dim=128,
         dtype=torch.bfloat16,
+        order="token",
         row_padding_bytes=16,
     ),
 }
@@ -320,7 +349,7 @@ def test_contents_survive_growth_trim_and_adoption(
         model.check()
 
 
-@pytest.mark.parametrize("name", ["layer", "token"])
+@pytest.mark.parametrize("name", ["layer", "balanced", "token"])
 @pytest.mark.parametrize("background", [False, True])
 def test_contents_are_right_after_any_operations(
     device: str, name: str, background: bool, seed: int
@@ -887,7 +916,7 @@ def tails_are_zero(kv: va.KVAllocator, seq: va.Sequence, slack: int) -> bool:
     return not any(bool(tail.any()) for tail in tails)
 
 
-@pytest.mark.parametrize("name", ["layer", "token", "latent-token", "layers-per-row"])
+@pytest.mark.parametrize("name", ["layer", "balanced", "token", "latent-token", "layers-per-row"])
 def test_tail_slack_reads_as_zero_behind_every_length(device: str, name: str) -> None:
     layout = LAYOUTS[name]
     slack = 3 * unit_tokens(layout, page_bytes(device)) + 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vattention.errors import ConfigError
-from vattention.layout import KVLayout, TensorSpec
+from vattention.layout import BALANCED_ROW_BYTES, KVLayout, TensorSpec
 
 DTYPES = [
     torch.float32,
@@ -30,12 +30,19 @@ def cases(count):
     return pytest.mark.parametrize("case", range(count))
 
 
-def random_layout(rng):
-    """Return a small layout of any kind; half have sizes that 16 bytes do not divide."""
+def random_layout(rng, times=1):
+    """Return a small layout of any kind; half have sizes that 16 bytes do not divide.
+
+    With heads that are `times` as large, a balanced row has no room for all layers.
+    """
     num_layers = rng.randint(1, 7)
-    order = rng.choice(["layer", "token"])
-    token = order == "token"
-    dim = (lambda: rng.randint(1, 13)) if rng.random() < 0.5 else (lambda: 8 * rng.randint(1, 3))
+    order = rng.choice(["balanced", "layer", "token"])
+    shared = order != "layer"
+    odd = rng.random() < 0.5
+
+    def dim():
+        return times * (rng.randint(1, 13) if odd else 8 * rng.randint(1, 3))
+
     return KVLayout(
         num_layers=num_layers,
         num_kv_heads=rng.randint(1, 3),
@@ -43,8 +50,8 @@ def random_layout(rng):
         dtype=rng.choice(DTYPES),
         order=order,
         v_head_dim=rng.choice([None, 0, dim()]),
-        layers_per_row=rng.choice([None, rng.randint(1, num_layers)]) if token else None,
-        row_padding_bytes=rng.choice([0, 16, 48]) if token else 0,
+        layers_per_row=rng.choice([None, rng.randint(1, num_layers)]) if shared else None,
+        row_padding_bytes=rng.choice([0, 16, 48]) if shared else 0,
     )
 
 
@@ -114,28 +121,34 @@ def test_the_search_for_overlaps_finds_a_byte_that_is_shared():
     assert first_overlap([(16, 16), (0, 17)]) == ((0, 17), (16, 16))
 
 
-@cases(100)
+@cases(200)
 def test_rows_hold_whole_layers_in_order_without_waste(seed, case):
     """Place components one after another, as the definition says, and compare."""
-    layout, _, _, _ = random_case(seed, case)
+    layout = random_layout(random.Random(f"{seed} {case}"), times=100 if case % 2 else 1)
+    print(layout)
+    k_size, v_size = (-(-size // 16) * 16 for size in (layout.k_bytes, layout.v_bytes))
+    apart = layout.order != "token" and v_size > 0
     rows = []
     expected = []
-    for layer in range(layout.num_layers):
-        k_size, v_size = (-(-size // 16) * 16 for size in (layout.k_bytes, layout.v_bytes))
+    layers = 0  # in the row, or in the two rows, at the end
+    for _ in range(layout.num_layers):
         if layout.order == "layer":
-            k_place, v_place = (len(rows), 0), (len(rows) + 1, 0)
-            rows.append(k_size)
-            if v_size:
-                rows.append(v_size)
-            else:
-                v_place = (len(rows) - 1, k_size)
+            full = layers == 1
+        elif layout.layers_per_row is not None:
+            full = layers == layout.layers_per_row
         else:
-            if layer % (layout.layers_per_row or layout.num_layers) == 0:
-                rows.append(0)
-            k_place = (len(rows) - 1, rows[-1])
-            v_place = (len(rows) - 1, rows[-1] + k_size)
-            rows[-1] += k_size + v_size
-        expected.append((*k_place, *v_place))
+            larger = (layers + 1) * max(k_size, v_size)
+            full = layout.order == "balanced" and layers > 0 and larger > BALANCED_ROW_BYTES
+        if full or not rows:
+            rows += [0, 0] if apart else [0]
+            layers = 0
+        layers += 1
+        v_region = len(rows) - 1
+        k_region = v_region - 1 if apart else v_region
+        k_offset = rows[k_region]
+        rows[k_region] += k_size
+        expected.append((k_region, k_offset, v_region, rows[v_region]))
+        rows[v_region] += v_size
     assert layout.row_bytes == tuple(row + layout.row_padding_bytes for row in rows)
     assert layout.num_regions == len(rows)
     for layer, place in enumerate(expected):
@@ -144,22 +157,23 @@ def test_rows_hold_whole_layers_in_order_without_waste(seed, case):
 
 @cases(150)
 def test_geometry_puts_slots_on_pages_and_regions_back_to_back(seed, case):
-    layout, sizes, page_bytes, geometry = random_case(seed, case)
-    assert geometry.reserved_bytes % page_bytes == 0
-    ends = [
-        offset + stride * sizes["max_sequences"]
-        for offset, stride in zip(
-            geometry.region_offsets_bytes, geometry.slot_strides_bytes, strict=True
-        )
-    ]
-    assert geometry.region_offsets_bytes == (0, *ends[:-1])
-    assert geometry.reserved_bytes == ends[-1]
-    slacks = set()
-    for stride, row in zip(geometry.slot_strides_bytes, layout.row_bytes, strict=True):
-        assert stride % page_bytes == 0
-        whole_pages, rest = divmod(sizes["max_seq_len"] * row, page_bytes)
-        slacks.add(stride // page_bytes - whole_pages - (rest > 0))
-    assert len(slacks) == 1 and slacks <= {0, 1, 3}
+    layout, sizes, page_bytes, _ = random_case(seed, case)
+    for guard_pages in (0, 1, 3):
+        geometry = layout.region_geometry(**sizes, page_bytes=page_bytes, guard_pages=guard_pages)
+        ends = [
+            offset + stride * sizes["max_sequences"]
+            for offset, stride in zip(
+                geometry.region_offsets_bytes, geometry.slot_strides_bytes, strict=True
+            )
+        ]
+        assert geometry.region_offsets_bytes == (0, *ends[:-1])
+        assert geometry.reserved_bytes == ends[-1]
+        for stride, row in zip(geometry.slot_strides_bytes, layout.row_bytes, strict=True):
+            whole_pages, rest = divmod(sizes["max_seq_len"] * row, page_bytes)
+            least = whole_pages + (rest > 0) + guard_pages
+            # The first number of pages, up to twice as many, that is one of rows too.
+            whole_rows = [n for n in range(least, 2 * least + 1) if n * page_bytes % row == 0]
+            assert stride == page_bytes * (whole_rows or [least])[0]
 
 
 @cases(100)
@@ -225,13 +239,25 @@ def llama(**changes):
 @pytest.mark.parametrize(
     ("layout", "regions", "tokens_per_page", "least_bytes"),
     [
-        (llama(), 1, 16, PAGE),
+        (llama(), 16, 256, 16 * PAGE),
+        (llama(layers_per_row=8), 8, 128, 8 * PAGE),
+        (llama(layers_per_row=32), 2, 32, 2 * PAGE),
+        (llama(row_padding_bytes=2048), 16, 204, 16 * PAGE),
+        (llama(num_layers=3), 2, 341, 2 * PAGE),
+        (llama(num_layers=10), 6, 256, 6 * PAGE),
+        (llama(dtype=torch.float8_e4m3fn), 8, 256, 8 * PAGE),
+        (llama(v_head_dim=0), 8, 256, 8 * PAGE),
+        (llama(v_head_dim=64), 16, 256, 16 * PAGE),
+        (llama(v_head_dim=256), 32, 256, 32 * PAGE),
+        (llama(head_dim=512), 64, 256, 64 * PAGE),
+        (llama(head_dim=520), 64, 252, 64 * PAGE),
         (llama(order="layer"), 64, 1024, 64 * PAGE),
-        (llama(layers_per_row=8), 4, 64, 4 * PAGE),
-        (llama(v_head_dim=0), 1, 32, PAGE),
-        (llama(dtype=torch.float8_e4m3fn), 1, 32, PAGE),
-        (llama(row_padding_bytes=2048), 1, 15, PAGE),
-        (llama(num_layers=10, layers_per_row=4), 3, 128, 3 * PAGE),
+        (llama(order="token"), 1, 16, PAGE),
+        (llama(order="token", layers_per_row=8), 4, 64, 4 * PAGE),
+        (llama(order="token", v_head_dim=0), 1, 32, PAGE),
+        (llama(order="token", dtype=torch.float8_e4m3fn), 1, 32, PAGE),
+        (llama(order="token", row_padding_bytes=2048), 1, 15, PAGE),
+        (llama(order="token", num_layers=10, layers_per_row=4), 3, 128, 3 * PAGE),
     ],
 )
 def test_known_model_has_known_granularity(layout, regions, tokens_per_page, least_bytes):
@@ -241,28 +267,100 @@ def test_known_model_has_known_granularity(layout, regions, tokens_per_page, lea
 
 
 def test_known_model_has_known_sizes():
-    layout = llama(layers_per_row=24, row_padding_bytes=32)
+    layout = llama(order="token", layers_per_row=24, row_padding_bytes=32)
     assert (layout.itemsize, layout.k_bytes, layout.v_bytes) == (2, 2048, 2048)
     assert layout.token_bytes == 131_072
     assert layout.row_bytes == (24 * 4096 + 32, 8 * 4096 + 32)
     assert layout.token_stride_bytes == 131_072 + 64
+    balanced = dataclasses.replace(layout, order="balanced")
+    assert balanced.token_bytes == 131_072
+    assert balanced.row_bytes == (24 * 2048 + 32,) * 2 + (8 * 2048 + 32,) * 2
+    assert balanced.token_stride_bytes == 131_072 + 128
+
+
+def test_balanced_order_is_the_default_and_puts_four_layers_of_a_known_model_into_a_row():
+    layout = llama()
+    assert layout == llama(order="balanced")
+    assert layout.row_bytes == (8192,) * 16
+    assert [dataclasses.astuple(layout.placement(layer)) for layer in (0, 3, 4, 31)] == [
+        (0, 0, 1, 0),
+        (0, 6144, 1, 6144),
+        (2, 0, 3, 0),
+        (14, 6144, 15, 6144),
+    ]
+
+
+def test_balanced_rows_have_as_many_layers_where_k_and_v_differ():
+    layout = llama(num_layers=10, v_head_dim=64)
+    assert layout.row_bytes == (8192, 4096, 8192, 4096, 4096, 2048)
+    assert dataclasses.astuple(layout.placement(9)) == (4, 2048, 5, 1024)
+    assert llama(num_layers=3, v_head_dim=256).row_bytes == (4096, 8192, 2048, 4096)
 
 
 def test_odd_sizes_are_rounded_to_16_bytes_each():
-    layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=3, v_head_dim=9, dtype=torch.bfloat16)
+    layout = KVLayout(
+        num_layers=2, num_kv_heads=1, head_dim=3, v_head_dim=9, dtype=torch.bfloat16, order="token"
+    )
     assert (layout.k_bytes, layout.v_bytes, layout.token_bytes) == (6, 18, 48)
     assert layout.row_bytes == (2 * (16 + 32),)
     assert dataclasses.astuple(layout.placement(1)) == (0, 48, 0, 64)
+    balanced = dataclasses.replace(layout, order="balanced")
+    assert balanced.row_bytes == (2 * 16, 2 * 32)
+    assert dataclasses.astuple(balanced.placement(1)) == (0, 16, 1, 32)
 
 
 def test_latent_has_keys_only():
     layout = KVLayout.latent(num_layers=61, latent_dim=576, dtype=torch.bfloat16)
     assert (layout.num_kv_heads, layout.head_dim, layout.v_dim) == (1, 576, 0)
     assert layout.is_latent
-    assert (layout.v_bytes, layout.token_bytes, layout.num_regions) == (0, 61 * 1152, 1)
+    assert (layout.order, layout.v_bytes, layout.token_bytes) == ("balanced", 0, 61 * 1152)
+    assert layout.row_bytes == (7 * 1152,) * 8 + (5 * 1152,)
+    assert dataclasses.astuple(layout.placement(60)) == (8, 4 * 1152, 8, 5 * 1152)
+    assert dataclasses.replace(layout, order="token").row_bytes == (61 * 1152,)
     by_layer = dataclasses.replace(layout, order="layer")
     assert by_layer.num_regions == 61
     assert dataclasses.astuple(by_layer.placement(60)) == (60, 0, 60, 1152)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "guard_pages", "slot_pages"),
+    [
+        (1, 0, 1),  # three would be more than twice as many
+        (341, 0, 1),
+        (342, 0, 3),
+        (341, 1, 3),
+        (1024, 0, 3),
+        (1024, 1, 6),
+        (1025, 0, 6),
+        (1025, 2, 6),
+        (1025, 3, 9),
+    ],
+)
+def test_slots_of_rows_of_6_kib_are_6_mib_apart_where_that_at_most_doubles_them(
+    tokens, guard_pages, slot_pages
+):
+    layout = llama(num_layers=3)
+    assert layout.row_bytes == (6144, 6144)
+    geometry = layout.region_geometry(4, tokens, PAGE, guard_pages)
+    assert geometry.slot_strides_bytes == (slot_pages * PAGE,) * 2
+    assert geometry.region_offsets_bytes == (0, 4 * slot_pages * PAGE)
+    assert geometry.reserved_bytes == 8 * slot_pages * PAGE
+
+
+def test_each_region_has_slots_of_its_own_whole_rows():
+    layout = llama(num_layers=5, layers_per_row=3)
+    assert layout.row_bytes == (6144, 6144, 4096, 4096)
+    geometry = layout.region_geometry(2, 1025, PAGE)
+    assert geometry.slot_strides_bytes == (6 * PAGE, 6 * PAGE, 3 * PAGE, 3 * PAGE)
+    assert geometry.region_offsets_bytes == (0, 12 * PAGE, 24 * PAGE, 30 * PAGE)
+
+
+def test_addresses_of_slots_are_doubled_for_whole_rows_and_no_more():
+    layout = KVLayout.latent(num_layers=1, latent_dim=32, dtype=torch.uint8)
+    assert layout.region_geometry(1, 1, 48).slot_strides_bytes == (96,)
+    assert layout.region_geometry(1, 1, 80).slot_strides_bytes == (160,)
+    layout = KVLayout.latent(num_layers=1, latent_dim=48, dtype=torch.uint8)
+    assert layout.region_geometry(1, 1, 64).slot_strides_bytes == (64,)
 
 
 def test_millions_of_tokens_are_counted_exactly():
@@ -321,7 +419,7 @@ def test_layout_is_a_value():
         ({"dtype": torch.bool}, "dtype must be one of .*; got torch.bool"),
         ({"dtype": torch.complex32}, "dtype must be one of"),
         ({"dtype": "bfloat16"}, "dtype must be one of .*; got 'bfloat16'"),
-        ({"order": "head"}, 'order must be "layer" or "token"; got \'head\''),
+        ({"order": "head"}, r"order must be one of \('balanced', 'layer', 'token'\); got 'head'"),
         ({"order": ["token"]}, "order must be"),
         ({"layers_per_row": 33}, "layers_per_row must be an int from 1 to 32; got 33"),
         ({"order": "layer", "layers_per_row": 4}, "layers_per_row must be None with order"),
@@ -367,6 +465,7 @@ def specs_of(layout, **changes):
         (lambda a: specs_of(a, region_offsets_bytes=[8]), r"region_offsets_bytes\[0\] must be a"),
         (lambda a: specs_of(a, region_offsets_bytes=[]), "region_offsets_bytes must have one .* 1"),
         (lambda a: specs_of(a, slot_strides_bytes=[0, 0]), "slot_strides_bytes must have one"),
+        (lambda _: specs_of(llama()), "region_offsets_bytes must have one .* 16 regions; got 1"),
         (
             lambda _: KVLayout.latent(num_layers=1, latent_dim=0, dtype=torch.uint8),
             "latent_dim must be an int of at least 1; got 0",
@@ -375,4 +474,4 @@ def specs_of(layout, **changes):
 )
 def test_methods_refuse(call, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        call(llama())
+        call(llama(order="token"))

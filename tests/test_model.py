@@ -908,9 +908,8 @@ class Trial:
 
 
 def layout(**options: object) -> va.KVLayout:
-    return va.KVLayout(
-        **{"num_layers": 2, "num_kv_heads": 1, "head_dim": 16, "dtype": torch.float32, **options}
-    )
+    shape = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
+    return va.KVLayout(**{**shape, "order": "token", **options})
 
 
 TOKEN = layout()  # 256 bytes a row: 16 tokens fill a page

@@ -9,6 +9,7 @@ Engines make one themselves: then everything that can be checked is checked befo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -76,6 +77,8 @@ class Attention:
             names = [backend]
         self.options = options
         self.requested = backend
+        # The allocator keeps what `attend` makes, and would keep itself alive.
+        self._kv = weakref.ref(kv)
         self._layout = kv.layout
         self._max_seq_len = kv.max_seq_len
         self._device = kv.device
@@ -101,18 +104,29 @@ class Attention:
             k, v = k[:, :stop], v[:, :stop]
         return backend.attend(q, k, v, batch, sinks=sinks, scales=scales)
 
-    def backend_for(self, batch: Batch, *, graph: bool = False) -> Backend:
+    @property
+    def is_bound_by_capacity(self) -> bool:
+        """Whether a graph of it is slow where its `max_length` is far above the lengths."""
+        return all(
+            backend.needs.splits_by_capacity
+            for backend in self._made.values()
+            if backend.needs.graph_safe
+        )
+
+    def backend_for(self, batch: Batch) -> Backend:
         """What computes that batch.
+
+        Where it will be captured, or is being captured, backends that can be, and that divide
+        their work by the lengths and not by `max_length`, come first.
 
         Args:
             batch: the batch.
-            graph: it will be captured into a CUDA graph, which other lengths are replayed with.
 
         Raises:
             ConfigError: tails are not fit for it, or it cannot be captured; the message says what
                 to do.
         """
-        graph = graph or _is_capturing(batch)
+        graph = batch.graph or _is_capturing(batch)
         lengths = batch.host_lengths
         exact = not graph and batch.derived("exact", lambda: _is_exact(batch))
         key = (
@@ -137,6 +151,9 @@ class Attention:
         if not fit:
             shown = "; ".join(f"{name!r}: {', '.join(why)}" for name, why in reasons.items())
             raise ConfigError(f"no attention backend can compute this batch: {shown}")
+        if graph:
+            even = [name for name in fit if not self._made[name].needs.splits_by_capacity]
+            fit = even or fit
         return self._made[
             fastest(
                 fit,
@@ -167,10 +184,16 @@ class Attention:
                 f"q must be {list(wanted)} of {layout.dtype} on {self._device}; got "
                 f"{list(q.shape)} of {q.dtype} on {q.device}"
             )
-        if batch.kv.layout is not layout or batch.kv.max_seq_len != self._max_seq_len:
+        if batch.kv is not self._kv():
             raise ConfigError("the batch is of another allocator than this attention")
         if (sinks is not None) is not self.options.sinks:
             raise ConfigError("pass sinks where the options say so, and only there")
+        heads = self.options.num_heads
+        if sinks is not None and (sinks.shape != (heads,) or sinks.device != self._device):
+            raise ConfigError(
+                f"sinks must be [{heads}] on {self._device}; got {list(sinks.shape)} on "
+                f"{sinks.device}"
+            )
 
     def __repr__(self) -> str:
         """What it may call."""
@@ -231,9 +254,13 @@ def attend(
         batch = Batch.of(batch)
     if batch.kv is not kv:
         raise ConfigError("the batch has sequences of another allocator")
+    if q.dim() != 3:
+        raise ConfigError(
+            f"q must be [num_queries, num_heads, head_dim]; it has the shape {list(q.shape)}"
+        )
     key = (
         backend,
-        q.shape[1] if q.dim() == 3 else 1,
+        q.shape[1],
         causal,
         window,
         softcap,

@@ -16,6 +16,7 @@ What is always true:
 
 from __future__ import annotations
 
+import array
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -45,18 +46,27 @@ class Batch:
         kv: the allocator whose slots are meant.
         max_rows: the most sequences it is filled with.
         max_queries: the most queries, of all sequences together; by default one for each.
+        graph: it will be captured into CUDA graphs: only backends that can be are chosen.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
-    def __init__(self, kv: KVAllocator, max_rows: int, max_queries: int | None = None) -> None:
+    def __init__(
+        self,
+        kv: KVAllocator,
+        max_rows: int,
+        max_queries: int | None = None,
+        *,
+        graph: bool = False,
+    ) -> None:
         """Takes 16 bytes a row and 4 a query on the device."""
         if not isinstance(kv, KVAllocator):
             raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
         rows = check_int(max_rows, name="max_rows", minimum=1, maximum=_MAX_INT32 // 4)
         queries = rows if max_queries is None else max_queries
         self.kv = kv
+        self.graph = graph
         self.max_rows = rows
         self.capacity = check_int(
             queries, name="max_queries", minimum=1, maximum=_MAX_INT32 - 3 * rows - 1
@@ -140,10 +150,11 @@ class Batch:
 
         Raises:
             ConfigError: lists of different sizes, more rows or queries than there is room for, or
-                a number out of range. Nothing has changed.
+                a number out of range or not whole. Nothing has changed.
         """
-        slots, lengths = list(slots), list(lengths)
-        counts = [1] * len(slots) if queries is None else list(queries)
+        slots = _whole_numbers(slots, "slots")
+        lengths = _whole_numbers(lengths, "lengths")
+        counts = [1] * len(slots) if queries is None else _whole_numbers(queries, "queries")
         if not len(slots) == len(lengths) == len(counts):
             raise ConfigError(
                 f"slots, lengths and queries must be alike; got {len(slots)}, {len(lengths)} and "
@@ -265,3 +276,11 @@ class Batch:
             f"Batch(num_rows={self.num_rows}, num_queries={self.num_queries}, "
             f"max_length={self.max_length})"
         )
+
+
+def _whole_numbers(values: Iterable[int], name: str) -> list[int]:
+    """A list of them, of Python's own: torch would round what is none, and wrap what is large."""
+    try:
+        return array.array("i", values).tolist()
+    except (TypeError, OverflowError) as error:
+        raise ConfigError(f"{name} must be whole numbers of 32 bits: {error}") from error

@@ -181,7 +181,7 @@ class FlashAttention3Vllm(_FlashAttention3):
             if not files:
                 return False
             path = str(files[0])
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
         return True
 
 

@@ -1,9 +1,13 @@
-"""Hugging Face transformers: a key/value cache whose memory grows with the sequences.
+"""Hugging Face transformers: a cache whose memory grows, and decode at the memory's speed.
+
+enable(model)
+model.generate(**inputs)                         # our cache, our attention, decode as a graph
 
 cache = VAttentionCache(model.config, max_batch_size=4, max_seq_len=4096)
-model.generate(**inputs, past_key_values=cache)
+model.generate(**inputs, past_key_values=cache)  # our cache alone; all else as it was
 """
 
 from vattention.integrations.transformers.cache import CacheStats, VAttentionCache, VAttentionLayer
+from vattention.integrations.transformers.enable import disable, enable, release
 
-__all__ = ["CacheStats", "VAttentionCache", "VAttentionLayer"]
+__all__ = ["CacheStats", "VAttentionCache", "VAttentionLayer", "disable", "enable", "release"]

@@ -1,0 +1,131 @@
+"""Decode steps of an enabled model, replayed as CUDA graphs.
+
+A `Decoder` is a decode step for so many rows: its inputs, its batches and, on a GPU, its graph. The
+graph holds addresses, none of which ever changes, and reads lengths and slots from the device. So
+it stays valid while memory grows under it and when other sequences take its rows. Rows that are not
+in use are padding: they read and write nothing.
+
+What is always true between two steps: the decoder's batches hold the rows of the cache with the
+stamp `_stamp`, as long as they were when that cache's last step ended.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vattention.attention import Batch
+from vattention.integrations.transformers.fuse import compiled_layers
+from vattention.integrations.transformers.ragged import RaggedCache
+
+if TYPE_CHECKING:
+    from vattention.integrations.transformers.engine import Engine
+
+__all__ = ["Decoder"]
+
+_WARMUPS = 2
+
+
+class Decoder:
+    """One decode step for `rows` sequences of at most `max_length` tokens."""
+
+    def __init__(self, engine: Engine, rows: int, max_length: int) -> None:
+        """Captures the graph, which takes a second, and compiles before if it has to."""
+        self.rows = rows
+        self.max_length = max_length
+        self._engine = engine
+        self._stamp = 0
+        device = engine.device
+        graph = device.type == "cuda" and engine.graphs
+        with torch.inference_mode(False):
+            self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.batches = [Batch(group.kv, rows, graph=graph) for group in engine.groups]
+        for batch in self.batches:
+            batch.fill_rows([0] * rows, [0] * rows, max_length=max_length)
+        self._cache = RaggedCache(engine)  # has no rows: the model is given it as a token of ours
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: Any = None
+        with torch.inference_mode():
+            if graph:
+                self._capture(engine)
+
+    def _capture(self, engine: Engine) -> None:
+        # All rows are padding here, so running the model writes nowhere.
+        current = torch.cuda.current_stream(engine.device)
+        side = engine.capture_stream
+        side.wait_stream(current)
+        with torch.cuda.stream(side), compiled_layers(engine.layers if engine.compile else ()):
+            for _ in range(_WARMUPS):
+                self._run(engine)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=engine.graph_pool, stream=side):
+                self._output = self._run(engine)
+        current.wait_stream(side)
+        self._graph = graph
+
+    def _run(self, engine: Engine) -> Any:
+        for batch in self.batches:
+            batch.touch()
+            batch.advance()
+        return engine.run_model(
+            self,
+            input_ids=self._tokens,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+        )
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `operator.Step`."""
+        engine = self._engine
+        group, _ = engine.places[layer]
+        return engine.attend(layer, self.batches[group], q, k, v, sinks)
+
+    def step(self, cache: RaggedCache, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:
+        """One more token for every row of a cache.
+
+        Args:
+            cache: whose rows, mapped for it already.
+            tokens: ``[rows of the cache, 1]``.
+            positions: their positions, likewise; None: where they are in their rows.
+
+        Returns:
+            What the model returns, with logits for every row of this decoder.
+        """
+        engine = self._engine
+        live, padding = len(cache.lengths), self.rows - len(cache.lengths)
+        if self._stamp != cache.stamp:
+            for number, batch in enumerate(self.batches):
+                batch.fill_rows(
+                    cache.slots(number) + [0] * padding,
+                    cache.lengths + [0] * padding,
+                    max_length=self.max_length,
+                )
+            if positions is None:
+                self._positions[:live].copy_(self.batches[0].lengths[:live, None])
+        elif positions is None:
+            self._positions[:live].add_(1)
+        self._tokens[:live].copy_(tokens)
+        if positions is not None:
+            self._positions[:live].copy_(positions)
+        self._stamp = cache.stamp
+        for batch in self.batches:
+            batch.note_advance()
+        try:
+            if self._graph is not None:
+                self._graph.replay()
+                output = self._output
+            else:
+                output = self._run(engine)
+        except BaseException:
+            self._stamp = 0  # who knows how far it came
+            raise
+        return output

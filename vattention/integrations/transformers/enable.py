@@ -1,0 +1,120 @@
+"""`enable(model)`: generate() with our cache, our attention, and decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vattention import Pool
+from vattention.config import check_bool, check_int
+from vattention.errors import ConfigError
+from vattention.integrations.transformers.engine import Engine
+from vattention.integrations.transformers.inspection import inspect_model
+
+__all__ = ["disable", "enable", "release"]
+
+
+def enable(
+    model: Any,
+    *,
+    max_batch_size: int = 64,
+    max_seq_len: int | None = None,
+    memory: int | str | None = None,
+    pool: Pool | None = None,
+    backend: str = "auto",
+    graphs: bool = True,
+    compile: bool = True,
+    merge: bool = True,
+) -> Any:
+    """Lets a causal model of transformers generate at the memory's speed; `disable` undoes it.
+
+    `generate()` is called as before: greedy or sampled, with stopping criteria, streamers and an
+    `attention_mask`. K and V lie in memory that is mapped as the sequences grow. Rows hold their
+    own tokens only, so padding takes neither memory nor time. A decode step is one CUDA graph,
+    captured once for a number of rows and replayed whatever their lengths. What is not served
+    (beam search, assisted decoding, embeddings as input, outputs of attention or hidden states, a
+    cache that the caller passes) runs as it did before.
+
+    Args:
+        model: on one device, in the dtype that K and V are to have.
+        max_batch_size: rows; at most so many sequences are held at once, those of caches that are
+            still alive included.
+        max_seq_len: tokens of the longest row; by default what the model's positions allow.
+            Addresses only: it costs no memory.
+        memory: budget in bytes or as "60GiB"; by default what the device has free now.
+        pool: draw on this pool instead.
+        backend: the attention backend, see `vattention.attention`.
+        graphs: replay decode steps as CUDA graphs.
+        compile: compile the decoder layers of the graphs, which takes some seconds at the first
+            step: norms, rotary embeddings and activations become a few kernels.
+        merge: compute linears that read one input by one matrix product; their weights become
+            views of one matrix.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: the model or an argument cannot be served; the message says why, and the model
+            works as before.
+        BackendUnavailable: the backend is not installed, or there is no such device.
+    """
+    if getattr(model, "_vattention_engine", None) is not None:
+        raise ConfigError("this model is enabled already: disable(model) first")
+    specs = inspect_model(model)
+    check_int(max_batch_size, name="max_batch_size", minimum=1)
+    if max_seq_len is None:
+        text = model.config.get_text_config(decoder=True)
+        max_seq_len = getattr(text, "max_position_embeddings", None) or 131_072
+    check_int(max_seq_len, name="max_seq_len", minimum=1)
+    for name, flag in (("graphs", graphs), ("compile", compile), ("merge", merge)):
+        check_bool(flag, name=name)
+    device = specs[0].device
+    if pool is None:
+        pool = Pool(memory, device)
+    elif memory is not None:
+        raise ConfigError("a pool brings its own memory: leave memory out")
+    elif pool.device != device:
+        raise ConfigError(f"the model is on {device}, the pool on {pool.device}")
+    Engine(
+        model,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        pool=pool,
+        backend=backend,
+        graphs=graphs,
+        compile=compile,
+        merge=merge,
+        specs=specs,
+    )
+    return model
+
+
+def disable(model: Any) -> Any:
+    """Undoes `enable`: the model is as it was, and its memory goes back to the device.
+
+    Raises:
+        ConfigError: the model is not enabled.
+    """
+    engine = _engine(model)
+    engine.uninstall()
+    engine.release()
+    return model
+
+
+def release(model: Any) -> int:
+    """Gives the memory of generations that have ended back to the device; returns the bytes.
+
+    Addresses and graphs stay, and the next `generate()` maps memory again: what a loop needs that
+    trains and generates by turns on one GPU.
+
+    Raises:
+        ConfigError: the model is not enabled.
+        BackendError: the driver refused.
+    """
+    return _engine(model).release()
+
+
+def _engine(model: Any) -> Engine:
+    engine = getattr(model, "_vattention_engine", None)
+    if not isinstance(engine, Engine):
+        raise ConfigError("this model is not enabled")
+    return engine

@@ -1,0 +1,501 @@
+"""An enabled model: its memory, its attention, and what runs when it is called.
+
+    generate() -> model.forward -> Engine.forward -> prefill: the model's own forward over the
+                                                     tokens of all rows back to back, no padding
+                                                  -> decode: a Decoder, which replays a graph
+
+Layers that keep K and V of one shape and see one window make a group: one allocator. All groups
+draw on one pool. Calls that do not come with a `RaggedCache` go to the model as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vattention import KVAllocator, KVLayout, Pool
+from vattention.attention import BACKENDS, Attention, Batch, Options, append
+from vattention.attention.choice import backend_class
+from vattention.errors import ConfigError, SequenceTooLong
+from vattention.integrations.transformers import operator
+from vattention.integrations.transformers.decode import Decoder
+from vattention.integrations.transformers.fuse import (
+    decoder_layers,
+    merge_linears,
+    unmerge_linears,
+)
+from vattention.integrations.transformers.inspection import (
+    LayerSpec,
+    attention_configs,
+    implementation,
+)
+from vattention.integrations.transformers.ragged import RaggedCache
+
+__all__ = ["Engine"]
+
+# What a call may bring beside the cache; None is as good as nothing.
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+    "logits_to_keep",
+    "cache_position",
+}
+_GENERATE_KNOWN = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one shape and window.
+
+    Attributes:
+        kv: their allocator.
+        window: tokens that they see; None: all.
+    """
+
+    kv: KVAllocator
+    window: int | None
+
+
+class _Prefill:
+    """The step of a prefill: batches of its own, and the model's tokens are their queries."""
+
+    def __init__(self, engine: Engine, batches: list[Batch]) -> None:
+        self._engine = engine
+        self._batches = batches
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `operator.Step`."""
+        group, _ = self._engine.places[layer]
+        return self._engine.attend(layer, self._batches[group], q, k, v, sinks)
+
+
+class Engine:
+    """See `enable`, which makes it."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_batch_size: int,
+        max_seq_len: int,
+        pool: Pool,
+        backend: str,
+        graphs: bool,
+        compile: bool,
+        merge: bool,
+        specs: list[LayerSpec],
+    ) -> None:
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = max_seq_len
+        self.pool = pool
+        self.device = pool.device
+        self.graphs = graphs
+        self.compile = compile
+        self._model = model
+        self._number = operator.register(self)
+        self._configs = attention_configs(model)
+        self._original = model.forward
+        self._prepare_cache = model._prepare_cache_for_generation
+        signature = inspect.signature(model.forward)
+        self._parameters = list(signature.parameters)
+        if "logits_to_keep" not in signature.parameters:
+            raise ConfigError("enable() needs a model that can be told which logits to keep")
+        self.groups: list[Group] = []
+        self.places: list[tuple[int, int]] = []
+        self._attentions: list[Attention] = []
+        self._make_groups(specs, backend)
+        self.layers = decoder_layers(model)
+        self._merged = merge_linears(model) if merge else []
+        for layer, spec in enumerate(specs):
+            setattr(spec.module, operator.HANDLE, operator.handle(self._number, layer))
+        self._modules = [spec.module for spec in specs]
+        self._decoders: dict[tuple[int, int], Decoder] = {}
+        if self.device.type == "cuda":
+            self.capture_stream = torch.cuda.Stream(self.device)
+            self.graph_pool = torch.cuda.graph_pool_handle()
+        self._install(model)
+
+    # ---- memory ----
+
+    def _make_groups(self, specs: list[LayerSpec], backend: str) -> None:
+        slack = _slack_tokens(specs, backend, self.device)
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for layer, spec in enumerate(specs):
+            kind = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, spec.options.window)
+            kinds.setdefault(kind, []).append(layer)
+        self.places = [(-1, -1)] * len(specs)
+        made: dict[tuple[int, Options], Attention] = {}
+        attentions: list[Attention | None] = [None] * len(specs)
+        for number, layers in enumerate(kinds.values()):
+            spec = specs[layers[0]]
+            layout = KVLayout(
+                num_layers=len(layers),
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                v_head_dim=None if spec.v_head_dim == spec.head_dim else spec.v_head_dim,
+                dtype=spec.dtype,
+            )
+            with torch.inference_mode(False):
+                kv = KVAllocator(
+                    layout,
+                    max_sequences=self.max_batch_size,
+                    max_seq_len=self.max_seq_len,
+                    pool=self.pool,
+                    tail_slack_tokens=slack,
+                )
+                for index in range(len(layers)):
+                    kv.layer(index)
+            self.groups.append(Group(kv, spec.options.window))
+            for index, layer in enumerate(layers):
+                self.places[layer] = (number, index)
+                options = specs[layer].options
+                key = (number, options)
+                if key not in made:
+                    made[key] = Attention(kv, options, backend)
+                attentions[layer] = made[key]
+        self._attentions = [attention for attention in attentions if attention is not None]
+
+    def release(self) -> int:
+        """See `enable`."""
+        return self.pool.reclaim()
+
+    # ---- what runs ----
+
+    def attend(
+        self,
+        layer: int,
+        batch: Batch,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Writes K and V of new tokens and attends to all there are.
+
+        Args:
+            layer: as the model counts.
+            batch: of that layer's group.
+            q: ``[batch, heads, tokens, dim]``, as transformers has it; likewise the next two.
+            k: K of the same tokens.
+            v: V.
+            sinks: see `attend`.
+
+        Returns:
+            ``[batch, tokens, heads, dim]``.
+        """
+        _, index = self.places[layer]
+        dtype = batch.kv.layout.dtype
+        append(_by_token(k), _by_token(v), index, batch)
+        output = self._attentions[layer](_by_token(q).to(dtype), index, batch, sinks=sinks)
+        return output.to(q.dtype).view(q.shape[0], q.shape[2], *output.shape[1:])
+
+    def run_model(self, step: operator.Step, **inputs: Any) -> Any:
+        """The model's own forward, with the attention of a step."""
+        operator.set_step(self._number, step)
+        try:
+            with implementation(self._configs, operator.IMPLEMENTATION):
+                return self._original(**inputs, use_cache=True, return_dict=True)
+        finally:
+            operator.set_step(self._number, None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's `forward` is while it is enabled."""
+        cache = kwargs.get("past_key_values")
+        if args and cache is None and len(args) <= len(self._parameters):
+            given = dict(zip(self._parameters, args, strict=False))
+            cache = given.get("past_key_values")
+        if not isinstance(cache, RaggedCache):
+            return self._original(*args, **kwargs)
+        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        self._check_call(cache, kwargs)
+        tokens = kwargs["input_ids"]
+        decode = tokens.shape[1] == 1 and len(cache.lengths) == tokens.shape[0]
+        output = (self._decode if decode else self._prefill)(cache, tokens, kwargs)
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    def _check_call(self, cache: RaggedCache, kwargs: dict[str, Any]) -> None:
+        if cache.engine is not self:
+            raise ConfigError("this cache belongs to another model, or to one that was disabled")
+        others = [
+            name
+            for name, value in kwargs.items()
+            if name not in _KNOWN and value is not None and value is not False
+        ]
+        if others:
+            raise ConfigError(
+                f"an enabled model does not take {', '.join(others)} with the cache of its own; "
+                "pass another cache, such as transformers' DynamicCache"
+            )
+        tokens = kwargs.get("input_ids")
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ConfigError("an enabled model needs input_ids [batch, tokens] with its cache")
+        if cache.lengths and len(cache.lengths) != tokens.shape[0]:
+            raise ConfigError(
+                f"the cache has {len(cache.lengths)} rows, input_ids {tokens.shape[0]}"
+            )
+        if torch.is_grad_enabled():
+            raise ConfigError("an enabled model generates: call it under torch.no_grad()")
+
+    def _prefill(self, cache: RaggedCache, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        rows, width = tokens.shape
+        real, counts = self._real_tokens(cache, tokens, kwargs.get("attention_mask"))
+        before = list(cache.lengths)
+        old = before or [0] * rows
+        lengths = [length + count for length, count in zip(old, counts, strict=True)]
+        if max(lengths) > self.max_seq_len:
+            raise SequenceTooLong(
+                f"{max(lengths)} tokens do not fit max_seq_len={self.max_seq_len}: enable() the "
+                "model with a larger one (addresses cost no memory), or generate fewer tokens"
+            )
+        if rows > self.max_batch_size:
+            raise ConfigError(
+                f"{rows} rows do not fit max_batch_size={self.max_batch_size}: enable() the model "
+                "with a larger one"
+            )
+        live = [row for row in range(rows) if counts[row]]
+        cache.begin(counts)
+        try:
+            batches = []
+            for number, group in enumerate(self.groups):
+                slots = cache.slots(number)
+                batch = Batch(group.kv, len(live), sum(counts))
+                batch.fill_rows(
+                    [slots[row] for row in live],
+                    [lengths[row] for row in live],
+                    [counts[row] for row in live],
+                )
+                batches.append(batch)
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                packed_positions = batches[0].positions()
+            else:
+                packed_positions = _packed(positions.expand(rows, width), real)
+            wanted, place = _logits_wanted(kwargs.get("logits_to_keep", 0), real, rows, width)
+            output = self.run_model(
+                _Prefill(self, batches),
+                input_ids=_packed(tokens, real)[None],
+                position_ids=packed_positions[None],
+                past_key_values=cache,
+                logits_to_keep=wanted,
+            )
+        except BaseException:
+            cache.undo_begin(before)
+            raise
+        cache.finish(lengths, cache.seen + width)
+        logits = output.logits[0]
+        if place is None:
+            output.logits = logits.view(rows, -1, logits.shape[-1])
+        else:
+            kept, where = place
+            spread = logits.new_zeros(rows * kept, logits.shape[-1])
+            spread[where] = logits
+            output.logits = spread.view(rows, kept, -1)
+        output.past_key_values = cache
+        return output
+
+    def _real_tokens(
+        self, cache: RaggedCache, tokens: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        """Which of the batch's tokens are no padding (None: all), and how many in each row."""
+        rows, width = tokens.shape
+        if mask is None:
+            return None, [width] * rows
+        if mask.shape != (rows, cache.seen + width):
+            raise ConfigError(
+                f"attention_mask must be {[rows, cache.seen + width]}, of all tokens so far and "
+                f"these; got {list(mask.shape)}"
+            )
+        bits = mask.to(torch.bool)
+        counts = torch.stack([bits[:, : cache.seen].sum(1), bits[:, cache.seen :].sum(1)]).tolist()
+        if cache.seen and counts[0] != cache.lengths:
+            raise ConfigError(
+                f"attention_mask says that rows have {counts[0]} tokens, the cache holds "
+                f"{cache.lengths}: tokens that were seen cannot be masked afterwards"
+            )
+        if min(counts[1]) == width:
+            return None, counts[1]
+        return bits[:, cache.seen :], counts[1]
+
+    def _decode(self, cache: RaggedCache, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape != (tokens.shape[0], cache.seen + 1):
+            raise ConfigError(
+                f"attention_mask must be {[tokens.shape[0], cache.seen + 1]}; got "
+                f"{list(mask.shape)}"
+            )
+        longest = max(cache.lengths) + 1
+        if longest > self.max_seq_len:
+            raise SequenceTooLong(
+                f"{longest} tokens do not fit max_seq_len={self.max_seq_len}: enable() the model "
+                "with a larger one (addresses cost no memory), or generate fewer tokens"
+            )
+        decoder = self._decoder(len(cache.lengths), longest)
+        cache.extend([length + 1 for length in cache.lengths])
+        output = decoder.step(cache, tokens, kwargs.get("position_ids"))
+        cache.advance()
+        # A copy, since the next step writes the logits anew.
+        logits = output.logits[: tokens.shape[0]].clone()
+        return type(output)(logits=logits, past_key_values=cache)
+
+    def _decoder(self, rows: int, longest: int) -> Decoder:
+        size = _bucket(rows, self.max_batch_size)
+        most = self._length_bucket(size, longest)
+        decoder = self._decoders.get((size, most))
+        if decoder is None:
+            decoder = self._decoders[size, most] = Decoder(self, size, most)
+        return decoder
+
+    def _length_bucket(self, rows: int, longest: int) -> int:
+        """For which lengths a graph is captured: all of them, unless that would make it slow."""
+        if self.device.type != "cuda" or not self.graphs:
+            return self.max_seq_len
+        if not any(attention.is_bound_by_capacity for attention in self._attentions):
+            return self.max_seq_len
+        return min(self.max_seq_len, max(1024, 1 << (longest - 1).bit_length()))
+
+    # ---- the model ----
+
+    def _install(self, model: Any) -> None:
+        # Functions, since generate() looks at the signature of what they stand for.
+        @functools.wraps(self._original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.forward(*args, **kwargs)
+
+        @functools.wraps(self._prepare_cache)
+        def prepare_cache(*args: Any, **kwargs: Any) -> Any:
+            return self.prepare_cache(*args, **kwargs)
+
+        model.forward = forward
+        model._prepare_cache_for_generation = prepare_cache
+        model._vattention_engine = self
+
+    def prepare_cache(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """What `generate()` calls for a cache: ours where we serve what is asked for."""
+        others = [
+            name
+            for name, value in model_kwargs.items()
+            if name not in _GENERATE_KNOWN and value is not None and value is not False
+        ]
+        ours = (
+            generation_mode.value in ("greedy_search", "sample")
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and not generation_config.output_attentions
+            and not generation_config.output_hidden_states
+            and not generation_config.is_assistant
+            and not others
+            and batch_size * (generation_config.num_return_sequences or 1) <= self.max_batch_size
+            and max_cache_length <= self.max_seq_len
+        )
+        if ours:
+            model_kwargs["past_key_values"] = RaggedCache(self)
+            return None
+        return self._prepare_cache(
+            generation_config,
+            model_kwargs,
+            generation_mode,
+            batch_size,
+            max_cache_length,
+            *args,
+            **kwargs,
+        )
+
+    def uninstall(self) -> None:
+        """Leaves the model as it was; caches that it made are of no use any more."""
+        for name in ("forward", "_prepare_cache_for_generation", "_vattention_engine"):
+            vars(self._model).pop(name, None)
+        for module in self._modules:
+            if hasattr(module, operator.HANDLE):
+                delattr(module, operator.HANDLE)
+        unmerge_linears(self._merged)
+        self._merged = []
+        self._decoders.clear()
+        for group in self.groups:
+            group.kv.close()
+        if self.device.type == "cuda":
+            del self.graph_pool
+
+
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    """``[batch, heads, tokens, dim]`` as ``[batch * tokens, heads, dim]``."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _packed(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    return x.reshape(-1) if real is None else x[real]
+
+
+def _logits_wanted(
+    keep: int | torch.Tensor, real: torch.Tensor | None, rows: int, width: int
+) -> tuple[torch.Tensor, tuple[int, torch.Tensor] | None]:
+    """Of which packed tokens the model makes logits, and where these go.
+
+    Args:
+        keep: what the caller asked for: the last so many tokens of each row, 0 for all, or which.
+        real: which tokens are no padding; None: all.
+        rows: of the batch.
+        width: tokens in each row, padding included.
+
+    Returns:
+        Places in the packed batch; and None if there are as many in each row, else how many each
+        row has in the output, and where in the flattened output the logits go. The rest is zero.
+    """
+    if isinstance(keep, int):
+        columns = torch.arange(max(0, width - (keep or width)), width)
+    else:
+        columns = torch.arange(width)[keep.cpu()]
+    if real is None:
+        places = torch.arange(rows * width).view(rows, width)[:, columns]
+        return places.reshape(-1), None
+    # Numbers of the tokens among those that are no padding.
+    numbers = real.reshape(-1).long().cumsum(0).view(rows, width) - 1
+    columns = columns.to(real.device)
+    chosen = real[:, columns].reshape(-1)
+    where = chosen.nonzero()[:, 0]
+    return numbers[:, columns].reshape(-1)[where], (len(columns), where)
+
+
+def _bucket(rows: int, most: int) -> int:
+    """How many rows a graph is captured for: the next power of two to 8, then multiples of 8."""
+    size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+    return min(size, most)
+
+
+def _slack_tokens(specs: list[LayerSpec], backend: str, device: torch.device) -> int:
+    """As much tail slack as any backend needs that may be used."""
+    classes = BACKENDS.values() if backend == "auto" else [backend_class(backend)]
+    dtypes = {spec.dtype for spec in specs}
+    return max(
+        (
+            found.needs.tail_slack_tokens
+            for found in classes
+            if found.needs.device == device.type
+            and dtypes <= set(found.needs.dtypes)
+            and found.missing() is None
+        ),
+        default=0,
+    )

@@ -1,0 +1,212 @@
+"""What a model's attention does, found out by running it once.
+
+A config says what a model should do; running it says what it does. Two tokens go through the model
+with an attention that notes what it is given. A model is supported if every layer hands what the
+cache's `update` returned straight to its attention, once: then its K and V can stay where they were
+written, and its masks can be replaced by lengths and windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from vattention.attention import Options
+from vattention.errors import ConfigError
+
+__all__ = ["LayerSpec", "attention_configs", "implementation", "inspect_model"]
+
+_INSPECTION = "vattention_inspection"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One attention layer.
+
+    Attributes:
+        module: it.
+        num_kv_heads: heads of K and V.
+        head_dim: of K and the queries.
+        v_head_dim: of V.
+        dtype: of K and V.
+        device: where they are.
+        options: what its attention computes.
+    """
+
+    module: torch.nn.Module
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    options: Options
+
+
+def attention_configs(model: Any) -> list[Any]:
+    """Every config that says which attention some part of a model takes."""
+    configs = {
+        id(module.config): module.config
+        for module in model.modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    return list(configs.values())
+
+
+@contextmanager
+def implementation(configs: list[Any], name: str) -> Iterator[None]:
+    """Lets attention be the one of that name, for a while.
+
+    The attribute is written to directly: its setter also visits every part of a config.
+    """
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation_internal = old
+
+
+class _Notes(Cache):
+    """A cache that keeps nothing, and notes what it returned."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.returned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.specs: dict[int, LayerSpec] = {}
+        self.problems: list[str] = []
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx in self.returned:
+            self.problems.append(f"layer {layer_idx} updates the cache twice")
+        self.returned[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **about: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = next(
+            (
+                index
+                for index, (keys, values) in self.returned.items()
+                if keys is key and values is value
+            ),
+            None,
+        )
+        output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        if layer is None:
+            self.problems.append("K and V are changed after the cache has returned them")
+            return output, None
+        if layer in self.specs:
+            self.problems.append(f"the K and V of layer {layer} are used twice")
+        if attention_mask is not None:
+            self.problems.append("it makes a mask of its own")
+        if not about.get("is_causal", getattr(module, "is_causal", True)):
+            self.problems.append("its attention is not causal")
+        if about.get("position_bias") is not None:
+            self.problems.append("its attention adds a bias to the scores")
+        sinks = about.get("s_aux")
+        self.specs[layer] = LayerSpec(
+            module=module,
+            num_kv_heads=key.shape[1],
+            head_dim=key.shape[3],
+            v_head_dim=value.shape[3],
+            dtype=key.dtype,
+            device=key.device,
+            options=Options(
+                num_heads=query.shape[1],
+                window=about.get("sliding_window"),
+                softcap=about.get("softcap") or 0.0,
+                sinks=sinks is not None,
+                scale=about.get("scaling"),
+            ),
+        )
+        return output, None
+
+
+def _inspect(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **about: Any,
+) -> tuple[torch.Tensor, None]:
+    assert _notes is not None
+    return _notes.attention(module, query, key, value, attention_mask, **about)
+
+
+_notes: _Notes | None = None
+AttentionInterface.register(_INSPECTION, _inspect)
+
+
+def inspect_model(model: Any) -> list[LayerSpec]:
+    """What each attention layer of a causal model does, in the cache's numbering.
+
+    Raises:
+        ConfigError: the model cannot be served; the message says why. It is as it was.
+    """
+    global _notes
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate"):
+        raise ConfigError(f"enable() serves transformers' causal models; {name} is none")
+    if config.is_encoder_decoder:
+        raise ConfigError(f"enable() serves decoder-only models; {name} has an encoder")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            f"enable() needs a model whose attention can be replaced; {name}'s cannot"
+        )
+    device = model.device
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    notes = _notes = _Notes()
+    try:
+        with torch.no_grad(), implementation(attention_configs(model), _INSPECTION):
+            model(
+                input_ids=tokens,
+                position_ids=torch.arange(2, device=device)[None],
+                past_key_values=notes,
+                use_cache=True,
+            )
+    except Exception as error:
+        raise ConfigError(f"enable() cannot serve {name}: it fails with {error!r}") from error
+    finally:
+        _notes = None
+    missing = set(notes.returned) - set(notes.specs)
+    if missing:
+        notes.problems.append(f"layers {sorted(missing)} do not attend by the attention interface")
+    if sorted(notes.specs) != list(range(len(notes.specs))) or not notes.specs:
+        notes.problems.append(f"its layers are numbered {sorted(notes.specs)}")
+    devices = {spec.device for spec in notes.specs.values()}
+    if len(devices) > 1:
+        notes.problems.append("its layers are on several devices")
+    if notes.problems:
+        why = "; ".join(dict.fromkeys(notes.problems))
+        raise ConfigError(f"enable() cannot serve {name}: {why}. It works as before without it")
+    return [notes.specs[layer] for layer in range(len(notes.specs))]

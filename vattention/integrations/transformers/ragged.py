@@ -1,0 +1,211 @@
+"""The cache that an enabled model generates with: each row holds its own tokens and no padding.
+
+A row of the batch is a sequence of every allocator of the engine (one allocator for each kind of
+layer). What transformers counts, the padded length of the batch, is `get_seq_length`; what is
+stored of row `i` is `lengths[i]` tokens, from the start of its slot. K and V do not pass through
+this object: the operator writes them, see `operator.py`.
+
+What is always true between two calls:
+
+- every row has a live sequence in every group, mapped for `lengths[i]` tokens at least;
+- `stamp` differs from what it was before anything but `advance` changed the rows or lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Sequence as Rows
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from vattention import Sequence
+from vattention.config import check_tokens
+from vattention.errors import Closed, ConfigError, StaleSequence
+
+if TYPE_CHECKING:
+    from vattention.integrations.transformers.engine import Engine
+
+__all__ = ["RaggedCache"]
+
+_stamps = itertools.count(1)
+
+# Kernels load whole tiles: what is below a window but in a tile with it must stay mapped. Giving
+# memory back costs driver calls, so it waits until this many more can go.
+_TILE_TOKENS = 256
+_MIN_TRIM_TOKENS = 256
+
+
+class RaggedCache(Cache):
+    """Made by an enabled model's `generate()`; may be passed to another one to continue a chat."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(layers=[])
+        self.engine = engine
+        self.lengths: list[int] = []
+        self.seen = 0
+        self.stamp = next(_stamps)
+        self._rows: list[list[Sequence]] = [[] for _ in engine.groups]
+        self._released: list[int] = [0] * len(engine.groups)
+        self._end = weakref.finalize(self, _free_rows, self._rows)
+
+    # ---- what transformers asks ----
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: `generate()` must not compile the model, the engine sees to that."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it holds anything."""
+        return bool(self.lengths)
+
+    @property
+    def is_croppable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Empty: no mask is made from this cache."""
+        return []
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what it is given: the operator writes it where it attends to it."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that the batch has seen, padding included."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Tokens that fit a row."""
+        return self.engine.max_seq_len
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As if every row held the padded batch."""
+        return self.seen + query_length, 0
+
+    def activate_past_recording(self) -> None:
+        """Nothing: a token can always be taken back."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last `-tokens_to_remove` tokens of every row back.
+
+        A positive number is the length to keep, of the padded batch.
+
+        Raises:
+            ConfigError: a row has fewer.
+        """
+        count = check_tokens(tokens_to_remove, name="tokens_to_remove")
+        remove = -count if count <= 0 else max(0, self.seen - count)
+        if remove == 0:
+            return
+        lengths = [length - remove for length in self.lengths]
+        if min(lengths) < 0:
+            raise ConfigError(f"rows of {self.lengths} tokens cannot lose {remove} each")
+        for rows in self._rows:
+            for row, length in zip(rows, lengths, strict=True):
+                row.trim(length)
+        self._set(lengths, self.seen - remove)
+
+    def reset(self) -> None:
+        """Ends every row; what they held stays mapped for those that come next."""
+        _free_rows(self._rows)
+        self._released = [0] * len(self._rows)
+        self._set([], 0)
+
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError(
+            "rows of this cache are not rearranged: pass a VAttentionCache or a DynamicCache"
+        )
+
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
+
+    # ---- what the engine asks ----
+
+    def begin(self, counts: Rows[int]) -> None:
+        """Makes rows with room for so many tokens each, or adds to those there are.
+
+        All of them, or none: what is raised leaves the cache as it was.
+        """
+        groups = self.engine.groups
+        if not self.lengths:
+            made: list[list[Sequence]] = [[] for _ in groups]
+            try:
+                for group, rows in zip(groups, made, strict=True):
+                    for count in counts:
+                        rows.append(group.kv.allocate(count))
+            except BaseException:
+                _free_rows(made)
+                raise
+            for own, rows in zip(self._rows, made, strict=True):
+                own.extend(rows)
+            return
+        self.extend([length + count for length, count in zip(self.lengths, counts, strict=True)])
+
+    def extend(self, lengths: Rows[int]) -> None:
+        """Maps every row for so many tokens, after giving back what left the window."""
+        for number, group in enumerate(self.engine.groups):
+            rows = self._rows[number]
+            if group.window is not None:
+                self._release(number, group.window)
+            group.kv.step(dict(zip(rows, lengths, strict=True)))
+
+    def finish(self, lengths: Rows[int], seen: int) -> None:
+        """The tokens have been written: a prefill."""
+        self._set(list(lengths), seen)
+
+    def advance(self) -> None:
+        """Every row has one more: a decode step."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self.seen += 1
+
+    def slots(self, group: int) -> list[int]:
+        """The slot of each row."""
+        return [row.slot for row in self._rows[group]]
+
+    def undo_begin(self, lengths: Rows[int]) -> None:
+        """Takes back what `begin` made for tokens that were not written after all."""
+        if not lengths:
+            self.reset()
+            return
+        for rows in self._rows:
+            for row, length in zip(rows, lengths, strict=True):
+                row.trim(length)
+        self.stamp = next(_stamps)
+
+    def _release(self, number: int, window: int) -> None:
+        shortest = min(self.lengths, default=0)
+        needed = max(0, shortest - window - _TILE_TOKENS)
+        if needed - self._released[number] >= _MIN_TRIM_TOKENS:
+            self._released[number] = needed
+            for row in self._rows[number]:
+                row.trim_front(needed)
+
+    def _set(self, lengths: list[int], seen: int) -> None:
+        self.lengths, self.seen = lengths, seen
+        self.stamp = next(_stamps)
+
+    def __repr__(self) -> str:
+        """What it holds."""
+        return f"RaggedCache(rows={len(self.lengths)}, lengths={self.lengths})"
+
+
+def _free_rows(rows_of_groups: list[list[Sequence]]) -> None:
+    """Frees and forgets; also when the cache is collected, perhaps after its allocators closed."""
+    for rows in rows_of_groups:
+        while rows:
+            with contextlib.suppress(Closed, StaleSequence):
+                rows.pop().free()
