@@ -10,8 +10,9 @@ What is always true:
   so a CUDA graph that was captured with it stays valid when it is filled anew.
 - Filling it is one copy to the device, which the host does not wait for.
 - A row of length 0 is padding: it reads nothing, nothing is written for it, its output is zero.
-- `max_queries` and `max_length` are bounds that the host knows. `host_lengths` are the lengths
-  themselves, and None once the host does not know them.
+- `max_queries` and `max_length` are bounds that the host knows, `host_slots` and `host_queries`
+  what it was filled with. `host_lengths` are the lengths themselves, and None once the host does
+  not know them.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Batch:
         self.max_length = 0
         self.host_lengths: list[int] | None = []
         self.host_slots: list[int] = []
+        self.host_queries: list[int] = []
         self._cut()
 
     @classmethod
@@ -176,7 +178,7 @@ class Batch:
         head = torch.tensor([*slots, *lengths, *starts], dtype=torch.int32)
         self.num_rows, self.num_queries = rows, total
         self.max_queries, self.max_length = most, longest
-        self.host_slots, self.host_lengths = slots, lengths
+        self.host_slots, self.host_lengths, self.host_queries = slots, lengths, counts
         self._cut()
         if self.kv.device.type == "cuda":
             head = head.pin_memory()

@@ -24,6 +24,7 @@ from vattention.attention.flash_attn_3 import (
     FlashAttention3Forward,
     FlashAttention3Vllm,
 )
+from vattention.attention.flashinfer import FlashInfer
 from vattention.attention.reference import Torch
 from vattention.attention.torch_efficient import TorchEfficient
 from vattention.attention.torch_flash import TorchFlash
@@ -38,6 +39,7 @@ BACKENDS: dict[str, type[Backend]] = {
         FlashAttention3,
         FlashAttention3Forward,
         FlashAttention2,
+        FlashInfer,
         TorchFlash,
         TorchEfficient,
         Torch,

@@ -58,7 +58,9 @@ class _FlashAttention3(Backend):
         super().__init__(kv, options)
         _is_loaded(type(self))
         self._op = getattr(torch.ops, self.namespace).fwd.default
+        self._plan_op = getattr(torch.ops, self.namespace).get_scheduler_metadata.default
         self._parameters = [argument.name for argument in self._op._schema.arguments]
+        self._plan_parameters = [argument.name for argument in self._plan_op._schema.arguments]
         window = options.window
         self._constant: dict[str, Any] = {
             "softmax_scale": self.scale,
@@ -89,6 +91,7 @@ class _FlashAttention3(Backend):
         scales: Scales | None,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
+        causal = self.options.causal and batch.max_queries > 1
         given = self._constant | {
             "q": q,
             "k": k,
@@ -98,7 +101,11 @@ class _FlashAttention3(Backend):
             "max_seqlen_q": batch.max_queries,
             "max_seqlen_k": k.shape[1],
             "kv_batch_idx": batch.slots,
-            "is_causal": self.options.causal and batch.max_queries > 1,
+            "is_causal": causal,
+            "scheduler_metadata": batch.derived(
+                (self.namespace, k.shape[1], self.options, k.dtype),
+                lambda: self._plan(q, k, v, batch, causal),
+            ),
             "s_aux": sinks,
             "q_descale": scales and scales.q,
             "k_descale": scales and scales.k,
@@ -107,6 +114,28 @@ class _FlashAttention3(Backend):
         # By name, since builds differ in what they take; what none of them is given is optional.
         output: torch.Tensor = self._op(*[given.get(name) for name in self._parameters])[0]
         return output
+
+    def _plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, causal: bool
+    ) -> torch.Tensor:
+        """How the work is split, on the device; the operator does it in every layer otherwise."""
+        given = self._constant | {
+            "batch_size": batch.num_rows,
+            "max_seqlen_q": batch.max_queries,
+            "max_seqlen_k": k.shape[1],
+            "num_heads": q.shape[1],
+            "num_heads_k": k.shape[2],
+            "headdim": k.shape[3],
+            "headdim_v": v.shape[3],
+            "qkv_dtype": q.dtype,
+            "seqused_k": batch.lengths,
+            "cu_seqlens_q": batch.query_starts,
+            "max_seqlen_k_new": 0,
+            "is_causal": causal,
+            "has_softcap": self.options.softcap > 0,
+        }
+        plan: torch.Tensor = self._plan_op(*[given.get(name) for name in self._plan_parameters])
+        return plan
 
 
 _HOPPER = ((9, 0), (10, 0))

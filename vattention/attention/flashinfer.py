@@ -17,7 +17,9 @@ What is always true:
   made a plan makes another only when the device has its copy, and until then a second one does.
 - Plans of one device and stream share scratch memory, so they run one after another.
 
-Read and measured with FlashInfer 0.6.12. What is used is older: `out` and `enable_pdl` of `run`.
+The wrapper's mode for CUDA graphs is not used: it divides every batch, needed or not, for which
+many queries need more scratch memory than there is. Written against FlashInfer 0.6.12; of an older
+one, `run` must take `out` and `enable_pdl`.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ class FlashInfer(Backend):
         if spec is None or spec.origin is None:
             return "the package flashinfer-python"
         if not _has_kernels(Path(spec.origin).parent):
-            return "the package flashinfer-jit-cache, or nvcc to compile flashinfer-python's kernels"
+            return (
+                "the package flashinfer-jit-cache, or nvcc to compile flashinfer-python's kernels"
+            )
         return None
 
     def __init__(self, kv: KVAllocator, options: Options) -> None:
@@ -137,7 +141,7 @@ class FlashInfer(Backend):
             )
         # Layers may lie in rows of two sizes, and numbers are counted in rows.
         slot_tokens = k.stride(0) // k.stride(1)
-        page_tokens = min(_PAGE_TOKENS, (k.shape[0] - 1) * slot_tokens + k.shape[1])
+        page_tokens = min(_PAGE_TOKENS, k.shape[1])
         plan: _Plan = batch.derived(
             ("flashinfer", self, slot_tokens, page_tokens),
             lambda: self._plan(batch, slot_tokens, page_tokens),
@@ -146,42 +150,42 @@ class FlashInfer(Backend):
             q,
             (_as_pages(k, page_tokens), _as_pages(v, page_tokens)),
             out=q.new_empty(q.shape),
-            # The kernel before it may have written what it reads before it would wait for that.
+            # It would read the plan before it waits for the kernel before it.
             enable_pdl=False,
         )
         return output
 
     def _plan(self, batch: Batch, slot_tokens: int, page_tokens: int) -> _Plan:
         """Divides the work of a batch, and makes its table of pages."""
-        layout, heads = self.layout, self.options.num_heads
+        layout, heads, device = self.layout, self.options.num_heads, batch.kv.device
+        kv_heads = layout.num_kv_heads
         query_starts, page_starts, last_lengths, pages = _page_table(
             batch, slot_tokens, page_tokens
         )
         num_bytes = _split_bytes(
             heads,
-            layout.num_kv_heads,
+            kv_heads,
             layout.head_dim,
-            batch.num_queries // batch.num_rows,
-            torch.cuda.get_device_properties(batch.kv.device).multi_processor_count,
+            batch.num_queries * (heads // kv_heads) // batch.num_rows,
+            torch.cuda.get_device_properties(device).multi_processor_count,
         )
-        with _scratch(batch.kv.device).borrow(num_bytes) as plan:
-            plan.wrapper.plan(
-                query_starts,
-                page_starts,
-                pages,
-                last_lengths,
-                heads,
-                layout.num_kv_heads,
-                layout.head_dim,
-                page_tokens,
-                causal=self.options.causal and batch.max_queries > 1,
-                sm_scale=self.scale,
-                window_left=self._window_left,
-                logits_soft_cap=self.options.softcap,
-                q_data_type=layout.dtype,
-                kv_data_type=layout.dtype,
-            )
-        return plan
+        return _scratch(device).plan(
+            num_bytes,
+            qo_indptr=query_starts,
+            paged_kv_indptr=page_starts,
+            paged_kv_indices=pages,
+            paged_kv_last_page_len=last_lengths,
+            num_qo_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim_qk=layout.head_dim,
+            page_size=page_tokens,
+            causal=self.options.causal and batch.max_queries > 1,
+            sm_scale=self.scale,
+            window_left=self._window_left,
+            logits_soft_cap=self.options.softcap,
+            q_data_type=layout.dtype,
+            kv_data_type=layout.dtype,
+        )
 
 
 def _has_kernels(package: Path) -> bool:
@@ -195,11 +199,15 @@ def _has_kernels(package: Path) -> bool:
 def _as_pages(cache: torch.Tensor, page_tokens: int) -> torch.Tensor:
     """A page at every token: ``[pages, page_tokens, heads, dim]``.
 
-    Pages near the end are not among them, and may be used: only the address of the first counts.
+    The last pages of the last slot are not among them and are used all the same: a kernel takes the
+    strides from here and the numbers from the table. There are two at least wherever there is need
+    of a stride, which one alone would lose on its way to the kernel.
     """
     tokens, heads, dim = as_one_sequence(cache).shape
     row, head = cache.stride()[1:3]
-    return cache.as_strided((tokens - page_tokens + 1, page_tokens, heads, dim), (row, row, head, 1))
+    return cache.as_strided(
+        (tokens - page_tokens + 1, page_tokens, heads, dim), (row, row, head, 1)
+    )
 
 
 def _page_table(batch: Batch, slot_tokens: int, page_tokens: int) -> tuple[torch.Tensor, ...]:
@@ -223,17 +231,86 @@ def _page_table(batch: Batch, slot_tokens: int, page_tokens: int) -> tuple[torch
     table = torch.cat(parts).to(torch.int32)
     if batch.kv.device.type == "cuda":
         table = table.pin_memory()
-    return table.split([len(part) for part in parts])
+    views: tuple[torch.Tensor, ...] = table.split([len(part) for part in parts])
+    return views
 
 
-def _split_bytes(
-    heads: int, kv_heads: int, head_dim: int, row_queries: int, processors: int
-) -> int:
+def _split_bytes(heads: int, kv_heads: int, head_dim: int, packed: int, processors: int) -> int:
     """What a plan may take of the scratch memory, by the rules of FlashInfer's planner.
 
-    Where it divides K it makes at most two blocks a processor, and takes for each, and each query
-    head, a tile of float32 outputs and their sums.
+    Where it divides K it makes at most two blocks a processor, and takes for each block and each
+    query head a tile of float32 outputs and what they were divided by.
+
+    Args:
+        heads: of queries.
+        kv_heads: of K.
+        head_dim: of both.
+        packed: a row's queries on the average, times the query heads of a head of K.
+        processors: of the device.
     """
-    packed = row_queries * (heads // kv_heads) + heads // kv_heads  # a row's on the average, at most
     tile = 16 if packed <= 16 else 64 if packed <= 64 else 128
-    return heads * (2 * processors // kv_heads) * tile * (head_dim + 1) * 4 + 2**10
+    return heads * (2 * processors // kv_heads) * tile * (head_dim + 1) * 4 + 1024
+
+
+@dataclass(eq=False)
+class _Plan:
+    """A wrapper that has planned a batch."""
+
+    wrapper: Any
+
+
+class _Scratch:
+    """What plans of one device and one of its streams use in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
+        # Wrappers that are not in use, the workspace of each, and when the device has its plan.
+        self._idle: deque[tuple[Any, torch.Tensor, torch.cuda.Event]] = deque()
+
+    def plan(self, num_bytes: int, **arguments: Any) -> _Plan:
+        """Plans with a wrapper that is the plan's alone, until the plan is gone.
+
+        Args:
+            num_bytes: of scratch memory that it may need.
+            arguments: what is planned.
+        """
+        wrapper = self._take(max(num_bytes, _WORKSPACE_BYTES))
+        workspace, copied = self._workspace, torch.cuda.Event()
+        wrapper.plan(**arguments)
+        copied.record(torch.cuda.current_stream(self._device))
+        plan = _Plan(wrapper)
+        # What still runs by this plan runs before what the next one does: it is the same stream.
+        weakref.finalize(plan, self._idle.append, (wrapper, workspace, copied)).atexit = False
+        return plan
+
+    def _take(self, num_bytes: int) -> Any:
+        import flashinfer
+
+        # Elsewhere they could not be written again, if these are made where inference is on.
+        with torch.inference_mode(False):
+            if self._workspace.numel() < num_bytes:
+                self._workspace = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            while self._idle:
+                wrapper, workspace, copied = self._idle.popleft()
+                if not copied.query():
+                    self._idle.appendleft((wrapper, workspace, copied))
+                    break
+                if workspace is self._workspace:
+                    return wrapper
+            return flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+                self._workspace, "NHD", backend="fa2"
+            )
+
+
+_SCRATCH: dict[tuple[torch.device, int], _Scratch] = {}
+"""By device and stream. Kept for good: a plan that is being copied must not lose its memory."""
+
+
+def _scratch(device: torch.device) -> _Scratch:
+    stream = torch.cuda.current_stream(device)
+    key = stream.device, stream.cuda_stream
+    found = _SCRATCH.get(key)
+    if found is None:
+        found = _SCRATCH.setdefault(key, _Scratch(stream.device))
+    return found

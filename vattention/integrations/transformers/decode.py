@@ -56,7 +56,8 @@ class Decoder:
         current = torch.cuda.current_stream(engine.device)
         side = engine.capture_stream
         side.wait_stream(current)
-        with torch.cuda.stream(side), compiled_layers(engine.layers if engine.compile else ()):
+        layers = engine.layers if engine.compile else ()
+        with torch.cuda.stream(side), compiled_layers(layers, rows=self.rows):
             for _ in range(_WARMUPS):
                 self._run(engine)
             graph = torch.cuda.CUDAGraph()

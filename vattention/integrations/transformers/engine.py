@@ -34,6 +34,7 @@ from vattention.integrations.transformers.inspection import (
     implementation,
 )
 from vattention.integrations.transformers.ragged import RaggedCache
+from vattention.integrations.transformers.stopping import defer_stop_checks
 
 __all__ = ["Engine"]
 
@@ -371,6 +372,8 @@ class Engine:
     # ---- the model ----
 
     def _install(self, model: Any) -> None:
+        defer_stop_checks()
+
         # Functions, since generate() looks at the signature of what they stand for.
         @functools.wraps(self._original)
         def forward(*args: Any, **kwargs: Any) -> Any:
