@@ -1,4 +1,4 @@
-"""Runs the benchmarks: `python -m bench [map|step|bandwidth|all]`; draws them: `... plot`."""
+"""Runs the benchmarks: `python -m bench [NAME|all]`; draws them: `python -m bench plot`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import bandwidth, step
+from bench import bandwidth, generate, step
 from bench import map as mapping
 from bench.common import Context, write_report
 
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Context], dict[str, object]]] = {
     "map": mapping.run,
     "step": step.run,
     "bandwidth": bandwidth.run,
+    "generate": generate.run,
 }
 RESULTS = Path("bench/results")
 

@@ -67,7 +67,7 @@ Call = Callable[[], torch.Tensor]
 def run(context: Context) -> dict[str, object]:
     floors = measure_bandwidth(context)
     kernels, absent = _kernels(context)
-    floors["read_bytes_per_s"] = _measure_read(context, kernels[0])
+    floors["read_bytes_per_s"] = measure_read(context, kernels[0])
     release_cache(context)
     variants = _variants(context)
     # Twice such a length is a whole number of padded rows in a whole number of pages.
@@ -502,8 +502,9 @@ def _torch_sdpa() -> _Kernel:
 # ---- measuring ----
 
 
-def _measure_read(context: Context, read: _Kernel) -> float:
+def measure_read(context: Context, read: _Kernel | None = None) -> float:
     """Bytes a second of reading two packed tensors end to end."""
+    read = read or _read_kernel(context)
     layout = (llama3_8b if context.cuda else small)("layer", num_layers=1)
     nbytes = context.pick(GIB, MIB)
     packed = _Packed(context, 1, nbytes // layout.k_bytes, layout)

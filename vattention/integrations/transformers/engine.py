@@ -32,6 +32,7 @@ from vattention.integrations.transformers.inspection import (
     LayerSpec,
     attention_configs,
     implementation,
+    reads_positions,
 )
 from vattention.integrations.transformers.ragged import RaggedCache
 from vattention.integrations.transformers.stopping import defer_stop_checks
@@ -105,7 +106,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.pool = pool
         self.device = pool.device
-        self.graphs = graphs
+        self.graphs = graphs and not reads_positions(model)
         self.compile = compile
         self._model = model
         self._number = operator.register(self)

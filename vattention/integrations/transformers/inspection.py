@@ -1,9 +1,9 @@
 """What a model's attention does, found out by running it once.
 
-A config says what a model should do; running it says what it does. Two tokens go through the model
-with an attention that notes what it is given. A model is supported if every layer hands what the
-cache's `update` returned straight to its attention, once: then its K and V can stay where they were
-written, and its masks can be replaced by lengths and windows.
+Two tokens go through the model with an attention that notes what it is given. A model is supported
+if every layer hands what the cache's `update` returned straight to its attention, once: then its K
+and V can stay where they were written. Its masks are replaced by lengths and windows, so what its
+config says of masks must be what its attention was told of windows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from vattention.attention import Options
 from vattention.errors import ConfigError
 
-__all__ = ["LayerSpec", "attention_configs", "implementation", "inspect_model"]
+__all__ = [
+    "LayerSpec",
+    "attention_configs",
+    "implementation",
+    "inspect_model",
+    "reads_positions",
+]
 
 _INSPECTION = "vattention_inspection"
 
@@ -198,6 +204,7 @@ def inspect_model(model: Any) -> list[LayerSpec]:
         raise ConfigError(f"enable() cannot serve {name}: it fails with {error!r}") from error
     finally:
         _notes = None
+    notes.problems += _unmasked(model, notes.specs)
     missing = set(notes.returned) - set(notes.specs)
     if missing:
         notes.problems.append(f"layers {sorted(missing)} do not attend by the attention interface")
@@ -210,3 +217,44 @@ def inspect_model(model: Any) -> list[LayerSpec]:
         why = "; ".join(dict.fromkeys(notes.problems))
         raise ConfigError(f"enable() cannot serve {name}: {why}. It works as before without it")
     return [notes.specs[layer] for layer in range(len(notes.specs))]
+
+
+def _unmasked(model: Any, specs: dict[int, LayerSpec]) -> list[str]:
+    """What the model would do by a mask and its attention was not told of."""
+    config = model.config.get_text_config(decoder=True)
+    problems = []
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
+        problems.append("its attention looks ahead")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        problems.append("it is spread over several devices")
+    try:
+        kinds, options = get_layer_types_and_kwargs(config)
+    except Exception as error:
+        return [*problems, f"its kinds of layers are not known: {error}"]
+    for layer, spec in specs.items():
+        kind = kinds[layer] if layer < len(kinds) else "unknown"
+        if kind not in ("full_attention", "sliding_attention"):
+            problems.append(f"it has {kind} layers")
+        elif spec.options.window != (
+            options.get("sliding_window") if kind == "sliding_attention" else None
+        ):
+            problems.append(f"the window of its {kind} layers is known to its mask only")
+    return problems
+
+
+def reads_positions(model: Any) -> bool:
+    """Whether its rotary embedding looks at positions on the host, which a CUDA graph cannot do."""
+    kinds = {
+        kind
+        for module in model.modules()
+        for kind in _rope_types(getattr(module, "rope_type", None))
+    }
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def _rope_types(rope_type: Any) -> list[str]:
+    if isinstance(rope_type, str):
+        return [rope_type]
+    return [str(kind) for kind in rope_type.values()] if isinstance(rope_type, dict) else []
