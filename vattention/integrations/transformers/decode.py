@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vattention.attention import Batch
-from vattention.integrations.transformers.fuse import compiled_layers
+from vattention.integrations.transformers.fuse import compiled
 from vattention.integrations.transformers.ragged import RaggedCache
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class Decoder:
         current = torch.cuda.current_stream(engine.device)
         side = engine.capture_stream
         side.wait_stream(current)
-        layers = engine.layers if engine.compile else ()
-        with torch.cuda.stream(side), compiled_layers(layers, rows=self.rows):
+        with torch.cuda.stream(side), compiled(engine.compiled):
             for _ in range(_WARMUPS):
                 self._run(engine)
             graph = torch.cuda.CUDAGraph()

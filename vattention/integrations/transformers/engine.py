@@ -24,7 +24,7 @@ from vattention.errors import ConfigError, SequenceTooLong
 from vattention.integrations.transformers import operator
 from vattention.integrations.transformers.decode import Decoder
 from vattention.integrations.transformers.fuse import (
-    decoder_layers,
+    compilable,
     merge_linears,
     unmerge_linears,
 )
@@ -50,6 +50,9 @@ _KNOWN = {
     "logits_to_keep",
     "cache_position",
 }
+# What a generation config says that asks for no cache in particular; checkpoints of models with
+# sliding windows come with the second.
+_DEFAULT_CACHES = (None, "hybrid", "dynamic")
 _GENERATE_KNOWN = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
@@ -107,7 +110,7 @@ class Engine:
         self.pool = pool
         self.device = pool.device
         self.graphs = graphs and not reads_positions(model)
-        self.compile = compile
+        self.is_running = False
         self._model = model
         self._number = operator.register(self)
         self._configs = attention_configs(model)
@@ -121,7 +124,7 @@ class Engine:
         self.places: list[tuple[int, int]] = []
         self._attentions: list[Attention] = []
         self._make_groups(specs, backend)
-        self.layers = decoder_layers(model)
+        self.compiled = compilable(model) if compile else []
         self._merged = merge_linears(model) if merge else []
         for layer, spec in enumerate(specs):
             setattr(spec.module, operator.HANDLE, operator.handle(self._number, layer))
@@ -209,10 +212,12 @@ class Engine:
     def run_model(self, step: operator.Step, **inputs: Any) -> Any:
         """The model's own forward, with the attention of a step."""
         operator.set_step(self._number, step)
+        self.is_running = True
         try:
             with implementation(self._configs, operator.IMPLEMENTATION):
                 return self._original(**inputs, use_cache=True, return_dict=True)
         finally:
+            self.is_running = False
             operator.set_step(self._number, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -226,7 +231,8 @@ class Engine:
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         self._check_call(cache, kwargs)
         tokens = kwargs["input_ids"]
-        decode = tokens.shape[1] == 1 and len(cache.lengths) == tokens.shape[0]
+        # A row that has only had padding so far may get more of it, as the mask says.
+        decode = tokens.shape[1] == 1 and bool(cache.lengths) and min(cache.lengths) > 0
         output = (self._decode if decode else self._prefill)(cache, tokens, kwargs)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
@@ -384,9 +390,15 @@ class Engine:
         def prepare_cache(*args: Any, **kwargs: Any) -> Any:
             return self.prepare_cache(*args, **kwargs)
 
-        model.forward = forward
-        model._prepare_cache_for_generation = prepare_cache
-        model._vattention_engine = self
+        own = {
+            "forward": forward,
+            "_prepare_cache_for_generation": prepare_cache,
+            "_vattention_engine": self,
+        }
+        # Others may have put theirs there before, as accelerate does.
+        self._replaced = {name: vars(model)[name] for name in own if name in vars(model)}
+        for name, value in own.items():
+            setattr(model, name, value)
 
     def prepare_cache(
         self,
@@ -407,7 +419,7 @@ class Engine:
         ours = (
             generation_mode.value in ("greedy_search", "sample")
             and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
+            and generation_config.cache_implementation in _DEFAULT_CACHES
             and not generation_config.output_attentions
             and not generation_config.output_hidden_states
             and not generation_config.is_assistant
@@ -432,6 +444,8 @@ class Engine:
         """Leaves the model as it was; caches that it made are of no use any more."""
         for name in ("forward", "_prepare_cache_for_generation", "_vattention_engine"):
             vars(self._model).pop(name, None)
+        for name, value in self._replaced.items():
+            setattr(self._model, name, value)
         for module in self._modules:
             if hasattr(module, operator.HANDLE):
                 delattr(module, operator.HANDLE)

@@ -131,6 +131,8 @@ class _Notes(Cache):
             return output, None
         if layer in self.specs:
             self.problems.append(f"the K and V of layer {layer} are used twice")
+        if any(spec.module is module for spec in self.specs.values()):
+            self.problems.append("one attention module serves several layers")
         if attention_mask is not None:
             self.problems.append("it makes a mask of its own")
         if not about.get("is_causal", getattr(module, "is_causal", True)):

@@ -82,7 +82,13 @@ class RaggedCache(Cache):
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what it is given: the operator writes it where it attends to it."""
+        """Returns what it is given: the operator writes it where it attends to it.
+
+        Raises:
+            ConfigError: it is another model that runs, or one that was disabled.
+        """
+        if not self.engine.is_running:
+            raise ConfigError("this cache belongs to another model, or to one that was disabled")
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -106,7 +112,8 @@ class RaggedCache(Cache):
         A positive number is the length to keep, of the padded batch.
 
         Raises:
-            ConfigError: a row has fewer.
+            ConfigError: a row has fewer, or a window would reach what was given back; nothing has
+                changed.
         """
         count = check_tokens(tokens_to_remove, name="tokens_to_remove")
         remove = -count if count <= 0 else max(0, self.seen - count)
@@ -115,10 +122,14 @@ class RaggedCache(Cache):
         lengths = [length - remove for length in self.lengths]
         if min(lengths) < 0:
             raise ConfigError(f"rows of {self.lengths} tokens cannot lose {remove} each")
-        for rows in self._rows:
-            for row, length in zip(rows, lengths, strict=True):
-                row.trim(length)
+        for group, released in zip(self.engine.groups, self._released, strict=True):
+            if released and min(lengths) - (group.window or 0) < released:
+                raise ConfigError(
+                    f"rows of {self.lengths} tokens cannot lose {remove} each: what their window "
+                    f"would reach then, below token {released}, was given back"
+                )
         self._set(lengths, self.seen - remove)
+        self._trim(self._rows)
 
     def reset(self) -> None:
         """Ends every row; what they held stays mapped for those that come next."""
@@ -156,12 +167,21 @@ class RaggedCache(Cache):
         self.extend([length + count for length, count in zip(self.lengths, counts, strict=True)])
 
     def extend(self, lengths: Rows[int]) -> None:
-        """Maps every row for so many tokens, after giving back what left the window."""
-        for number, group in enumerate(self.engine.groups):
-            rows = self._rows[number]
-            if group.window is not None:
-                self._release(number, group.window)
-            group.kv.step(dict(zip(rows, lengths, strict=True)))
+        """Maps every row for so many tokens, after giving back what left the window.
+
+        In every group, or in none.
+        """
+        done: list[list[Sequence]] = []
+        try:
+            for number, group in enumerate(self.engine.groups):
+                rows = self._rows[number]
+                if group.window is not None:
+                    self._release(number, group.window)
+                group.kv.step(dict(zip(rows, lengths, strict=True)))
+                done.append(rows)
+        except BaseException:
+            self._trim(done)
+            raise
 
     def finish(self, lengths: Rows[int], seen: int) -> None:
         """The tokens have been written: a prefill."""
@@ -181,9 +201,7 @@ class RaggedCache(Cache):
         if not lengths:
             self.reset()
             return
-        for rows in self._rows:
-            for row, length in zip(rows, lengths, strict=True):
-                row.trim(length)
+        self._trim(self._rows)
         self.stamp = next(_stamps)
 
     def _release(self, number: int, window: int) -> None:
@@ -193,6 +211,11 @@ class RaggedCache(Cache):
             self._released[number] = needed
             for row in self._rows[number]:
                 row.trim_front(needed)
+
+    def _trim(self, rows_of_groups: Rows[Rows[Sequence]]) -> None:
+        for rows in rows_of_groups:
+            for row, length in zip(rows, self.lengths, strict=True):
+                row.trim(length)
 
     def _set(self, lengths: list[int], seen: int) -> None:
         self.lengths, self.seen = lengths, seen
