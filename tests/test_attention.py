@@ -663,7 +663,9 @@ def test_a_batch_advances_all_but_padding(kv: va.KVAllocator) -> None:
 
 def test_a_row_does_not_advance_beyond_max_seq_len(kv: va.KVAllocator) -> None:
     batch = Batch(kv, 2)
-    batch.fill_rows([0, 1], [4, kv.max_seq_len])
+    batch.fill_rows([0, 1], [4, kv.max_seq_len - 1])
+    batch.advance()
+    batch.note_advance()
     before = state(batch)
     with pytest.raises(va.ConfigError, match="would have 257 tokens, where max_seq_len=256"):
         batch.note_advance()
@@ -867,7 +869,7 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
     kv: va.KVAllocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
-    absent = ("flash_attn", "flash_attn_3", "fa3_fwd", "vllm")
+    absent = ("flash_attn", "flash_attn_3", "fa3_fwd", "vllm", "flashinfer")
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in absent else found(name, *a)
     )
@@ -875,6 +877,7 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
     flash_attn_3._is_loaded.cache_clear()
     wanted = {
         "fa2": "package flash_attn",
+        "flashinfer": "package flashinfer-python",
         "fa3": "package flash_attn_3",
         "fa3_fwd": "package fa3-fwd",
         "fa3_vllm": "package vllm, or VATTENTION_FA3 naming",
@@ -1118,13 +1121,14 @@ def test_every_limit_is_held_where_addresses_really_exceed_it(name: str) -> None
 
 
 def test_the_first_and_the_last_layer_are_looked_at() -> None:
-    """The last row has fewer layers, and is the one that is not aligned to so much."""
-    layout = make_layout(num_layers=5, layers_per_row=2, order="balanced")
-    with make(layout) as kv:
-        assert kv.layer_specs(0)[0].strides[1] == 64
-        assert kv.layer_specs(4)[0].strides[1] == 32
-        reasons = dataclasses.replace(NEEDS, alignment_bytes=256).unmet_by(kv, OPTIONS)
-    assert reasons == ["strides must be multiples of 256 bytes"]
+    """The last row has fewer layers: here a page is a whole number of the others, not of it."""
+    layout = make_layout(num_layers=7, layers_per_row=4, order="balanced")
+    needs = dataclasses.replace(NEEDS, whole_rows=True)
+    with make(layout, max_seq_len=8) as kv:
+        (reason,) = needs.unmet_by(kv, OPTIONS)
+        assert "here a slot has 4096 bytes, a row 384" in reason
+    with make(dataclasses.replace(layout, num_layers=4), max_seq_len=8) as kv:
+        assert needs.unmet_by(kv, OPTIONS) == []
 
 
 def test_tail_slack_is_needed_unless_tensors_end_at_lengths() -> None:

@@ -2,6 +2,10 @@
 
     python attend_in_a_process.py CASE
 
+These are kernels that are called by hand, since `vattention.attention` has no backend for them;
+attend_by_backend.py has those of its backends, and takes from here what is right and how slots are
+filled.
+
 A kernel that reads what is not mapped takes its CUDA context with it, so each case has a process of
 its own. It prints what it does before it does it, and exits with one of the codes below.
 """
@@ -14,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,8 +29,8 @@ PASSED, FAILED, FAULTED, SKIPPED = 0, 1, 3, 77
 
 ABOUT_TO_FAULT = "now one token beyond what is mapped"
 
-DEVICE = "cuda"
-FA3_LIBRARY = "VATTENTION_FA3"
+DEVICE = os.environ.get("VATTENTION_TEST_DEVICE", "cuda")
+"""The tests say nothing else. "cpu" is for trying these scripts themselves without a GPU."""
 
 LAYOUTS = {
     # 2,048 bytes a row: 1,024 tokens fill a page of 2 MiB.
@@ -52,14 +57,15 @@ LAYOUTS = {
         order="token",
         row_padding_bytes=16,
     ),
-    # 65,536 bytes a row: 32 tokens, so that what a tile holds spans several pages.
-    "token-bf16-128-wide": va.KVLayout(
-        num_layers=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, order="token"
-    ),
 }
 
 # Of the sum of all |p * v|. Rounding each p, and the output, costs half of this at most.
-TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
+TOLERANCE = {
+    torch.float32: 2**-10,  # products may be of TF32
+    torch.bfloat16: 2**-6,
+    torch.float16: 2**-9,
+    torch.float8_e4m3fn: 2**-3,
+}
 
 
 class WrongAnswer(AssertionError):
@@ -79,7 +85,15 @@ def require(condition: bool, message: str) -> None:
 
 
 def attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    causal: bool,
+    *,
+    window: int | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in float32, and the same over the magnitudes of the values.
 
@@ -88,25 +102,38 @@ def attention(
     Args:
         query: ``[queries, heads, dim]``.
         keys: ``[length, kv_heads, dim]``; query heads in groups share one of them.
-        values: the same.
+        values: ``[length, kv_heads, v_dim]``.
         causal: whether a query sees no keys behind its own position.
+        window: how many keys a query sees, its own included.
+        softcap: bound of the scores.
+        sinks: ``[heads]``: scores that take weight and have no value.
+        scale: factor on the scores.
 
     Returns:
-        Two tensors like `query`, in float32.
+        Two tensors ``[queries, heads, v_dim]``, in float32.
     """
     num_queries, heads, dim = query.shape
-    length, kv_heads, _ = keys.shape
+    length, kv_heads, v_dim = values.shape
     if length == 0:
-        zero = torch.zeros_like(query, dtype=torch.float32)
+        zero = torch.zeros(num_queries, heads, v_dim, device=query.device)
         return zero, zero
-    grouped = query.float().view(num_queries, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("nhgd,lhd->hgnl", grouped, keys.float()) / dim**0.5
+    grouped = query.float().reshape(num_queries, kv_heads, heads // kv_heads, dim)
+    scores = torch.einsum("nhgd,lhd->hgnl", grouped, keys.float())
+    scores *= dim**-0.5 if scale is None else scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    key = torch.arange(length, device=query.device)
+    at = key[length - num_queries :, None]
     if causal:
-        seen = torch.ones(num_queries, length, dtype=torch.bool, device=query.device)
-        scores.masked_fill_(~seen.tril(length - num_queries), -torch.inf)
-    weights = scores.softmax(-1)
+        scores.masked_fill_(key > at, -torch.inf)
+    if window is not None:
+        scores.masked_fill_(key <= at - window, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., :length]
     both = (values.float(), values.float().abs())
-    return tuple(torch.einsum("hgnl,lhd->nhgd", weights, x).reshape(query.shape) for x in both)
+    return tuple(torch.einsum("hgnl,lhd->nhgd", weights, x).flatten(1, 2) for x in both)
 
 
 def expect_attention(
@@ -116,12 +143,24 @@ def expect_attention(
     values: torch.Tensor,
     causal: bool,
     what: str,
+    *,
+    dtype: torch.dtype | None = None,
+    **how: Any,
 ) -> None:
-    """Raises WrongAnswer unless `output` is the attention, as exactly as its type allows."""
-    require(output.shape == query.shape, f"{what}: {output.shape} instead of {query.shape}")
-    want, magnitude = attention(query, keys, values, causal)
+    """Raises WrongAnswer unless `output` is the attention, as exactly as its type allows.
+
+    Args:
+        output: what a kernel returned.
+        query, keys, values, causal: see `attention`.
+        what: begins the message.
+        dtype: what the kernel computed in; by default the type of `query`.
+        how: see `attention`.
+    """
+    shape = (*query.shape[:2], values.shape[-1])
+    require(output.shape == shape, f"{what}: {tuple(output.shape)} instead of {shape}")
+    want, magnitude = attention(query, keys, values, causal, **how)
     error = (output.float() - want).abs()
-    allowed = TOLERANCE[query.dtype] * magnitude
+    allowed = TOLERANCE[dtype or query.dtype] * magnitude
     # NaN is not within anything.
     wrong = int((~(error <= allowed)).sum())
     require(
@@ -134,34 +173,65 @@ def expect_attention(
 # ---- sequences ----
 
 
+def about_pages(page_tokens: int) -> list[int]:
+    """Lengths on both sides of where pages end; one of them 0."""
+    one, two = page_tokens, 2 * page_tokens
+    return [one, 0, two + 1, 1, one - 1, two, one + 1, 600, two - 1]
+
+
 class Filled:
     """Sequences of random keys and values, and what was written to them.
 
+    Args:
+        layout: what they lie in.
+        lengths: of the sequences, from how many tokens a page holds.
+        slack_tokens: readable beyond each length.
+        tails: what the rest of the memory that is mapped is filled with; None: it stays zero.
+        max_extent: as for an allocator.
+        max_pages: how many a slot has addresses for.
+
     Attributes:
         kv: the allocator; nothing but what the lengths need is mapped in it.
-        sequences: of lengths on both sides of where pages end; one of them empty.
+        sequences: in the order of their lengths.
         page_tokens: whole tokens in a page.
+        layers: the first and the last: whose keys begin, and whose values end, a row.
+        unused_slot: has no sequence, and no memory.
     """
 
-    def __init__(self, layout: va.KVLayout, slack_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        layout: va.KVLayout,
+        *,
+        lengths: Callable[[int], list[int]] = about_pages,
+        slack_tokens: int = 0,
+        tails: float | None = None,
+        max_extent: int | None = None,
+        max_pages: int = 4,
+    ) -> None:
         pool = make_pool()
-        self.page_tokens = tokens = layout.tokens_per_page(pool.page_bytes)
+        self.page_tokens = layout.tokens_per_page(pool.page_bytes)
+        wanted = lengths(self.page_tokens)
         self.kv = va.KVAllocator(
             layout,
-            max_sequences=10,
-            max_seq_len=max(4 * tokens, 1_024),
+            max_sequences=len(wanted) + 1,
+            max_seq_len=max(max_pages * self.page_tokens, 1_024, max(wanted) + 1),
             pool=pool,
             lookahead_tokens=0,
             tail_slack_tokens=slack_tokens,
+            max_extent=max_extent,
         )
-        whole = (tokens, 2 * tokens)
-        lengths = (whole[0], 0, whole[1] + 1, 1, whole[0] - 1, whole[1], whole[0] + 1, 600)
-        self.sequences = [self.kv.allocate(length) for length in (*lengths, whole[1] - 1)]
+        self.sequences = [self.kv.allocate(length) for length in wanted]
+        self.unused_slot = len(wanted)
+        require(
+            self.unused_slot not in [seq.slot for seq in self.sequences],
+            "slots are not taken in their order",
+        )
         if slack_tokens == 0:
             self._expect_no_more_than_is_needed()
-        # The layers whose keys begin, and whose values end, a row.
         self.layers = sorted({0, layout.num_layers - 1})
         self._random = torch.Generator(DEVICE).manual_seed(1)
+        if tails is not None:
+            self._fill_what_is_mapped(tails)
         self._written = {
             (layer, seq): self._write(layer, seq) for layer in self.layers for seq in self.sequences
         }
@@ -180,6 +250,20 @@ class Filled:
         keys, values = self._written[layer, seq]
         self._written[layer, seq] = torch.cat([keys, k[None]]), torch.cat([values, v[None]])
 
+    def extend(self, seq: va.Sequence, length: int) -> None:
+        """Lengthens a sequence, whose new tokens are random, to `length`."""
+        start = seq.length
+        self.kv.step({seq: length})
+        layout = self.kv.layout
+        for layer in self.layers:
+            both = self._written[layer, seq]
+            dims = layout.head_dim, layout.v_dim
+            for tensor, old, dim in zip(self.kv.layer(layer), both, dims, strict=True):
+                new = self.normal(length - start, layout.num_kv_heads, dim).to(layout.dtype)
+                tensor[seq.slot, start:length] = new
+                both = (*both[1:], torch.cat([old, new]))
+            self._written[layer, seq] = both
+
     def expect_what_was_written(self) -> None:
         for (layer, seq), written in self._written.items():
             for tensor, wanted in zip(self.kv.layer(layer), written, strict=True):
@@ -189,23 +273,44 @@ class Filled:
 
     def _write(self, layer: int, seq: va.Sequence) -> tuple[torch.Tensor, torch.Tensor]:
         layout, length = self.kv.layout, seq.length
-        k, v = (self.normal(length, layout.num_kv_heads, layout.head_dim) for _ in range(2))
+        k = self.normal(length, layout.num_kv_heads, layout.head_dim)
+        v = self.normal(length, layout.num_kv_heads, layout.v_dim)
         # The tokens at the edges weigh about as much as all others, lest they be missed unnoticed.
         edges = {0, length - 1, self.page_tokens - 1, self.page_tokens, 2 * self.page_tokens - 1}
         for edge in edges:
             if 0 <= edge < length:
                 v[edge] *= max(1.0, length / 4)
+        if layout.itemsize == 1:  # whose largest number is 448
+            v.clamp_(-256, 256)
         written = k.to(layout.dtype), v.to(layout.dtype)
         for tensor, values in zip(self.kv.layer(layer), written, strict=True):
             tensor[seq.slot, :length] = values
         return written
 
-    def _expect_no_more_than_is_needed(self) -> None:
-        page = self.kv.pool.page_bytes
+    def _fill_what_is_mapped(self, value: float) -> None:
+        layout, mapped = self.kv.layout, self._mapped_bytes()
+        for layer in self.layers:
+            place = layout.placement(layer)
+            regions = place.k_region, place.v_region
+            for tensor, region in zip(self.kv.layer(layer), regions, strict=True):
+                for seq in self.sequences:
+                    rows = mapped.get((seq.slot, region), 0) // layout.row_bytes[region]
+                    here = tensor[seq.slot, :rows]
+                    here.copy_(torch.full(here.shape, value, device=DEVICE).to(layout.dtype))
+
+    def _mapped_bytes(self) -> dict[tuple[int, int], int]:
+        """By slot and region, without guards."""
         mapped: dict[tuple[int, int], int] = {}
         for slot, region, _, size, _, access in self.kv.mappings():
-            require(access == "read_write", "there is a guard where no slack was asked for")
-            mapped[slot, region] = mapped.get((slot, region), 0) + size // page
+            if access == "read_write":
+                mapped[slot, region] = mapped.get((slot, region), 0) + size
+        return mapped
+
+    def _expect_no_more_than_is_needed(self) -> None:
+        page = self.kv.pool.page_bytes
+        accesses = {mapping.access for mapping in self.kv.mappings()}
+        require(accesses == {"read_write"}, "there is a guard where no slack was asked for")
+        mapped = {place: size // page for place, size in self._mapped_bytes().items()}
         needed = {
             (seq.slot, region): pages
             for seq in self.sequences
@@ -226,10 +331,6 @@ def whole_numbers(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def running_sum(queries: list[torch.Tensor]) -> torch.Tensor:
-    return whole_numbers([0, *itertools.accumulate(len(query) for query in queries)])
-
-
 def indexing(k, v, slots, lengths, queries, causal):
     """No attention kernel at all: plain reads of the slots."""
     return [
@@ -238,27 +339,8 @@ def indexing(k, v, slots, lengths, queries, causal):
     ]
 
 
-def flash_varlen(k, v, slots, lengths, queries, causal):
-    """Torch's flash attention: slots are sequences that begin at multiples of their capacity."""
-    starts = [slot * k.shape[1] for slot in slots]
-    output = torch.ops.aten._flash_attention_forward.default(
-        torch.cat(queries),
-        k.view(-1, *k.shape[2:]),
-        v.view(-1, *v.shape[2:]),
-        running_sum(queries),
-        whole_numbers([*starts, starts[-1] + k.shape[1]]),
-        max(len(query) for query in queries),
-        max(1, *lengths),  # with 0 it would not start the kernel
-        0.0,
-        causal,
-        False,
-        seqused_k=whole_numbers(lengths),
-    )[0]
-    return list(output.split([len(query) for query in queries]))
-
-
 def flash_dense(k, v, slots, lengths, queries, causal):
-    """The same, one sequence after the other; for slots that are not a whole number of rows."""
+    """Torch's flash attention, a sequence after the other: no whole number of rows is needed."""
     return [
         torch.ops.aten._flash_attention_forward.default(
             query[None],
@@ -303,61 +385,6 @@ def sdpa(backend: SDPBackend):
     return attend
 
 
-def fa2(k, v, slots, lengths, queries, causal):
-    """FlashAttention-2's decode, with the slots as an index into the batch."""
-    try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError as error:
-        raise Unsupported(f"flash_attn cannot be imported: {error}") from error
-    longest = max(lengths)
-    if longest == 0:
-        return [torch.zeros_like(query) for query in queries]
-    output = flash_attn_with_kvcache(
-        torch.stack(queries),
-        k[:, :longest],
-        v[:, :longest],
-        cache_seqlens=whole_numbers(lengths),
-        cache_batch_idx=whole_numbers(slots),
-        causal=causal,
-    )
-    return list(output)
-
-
-def fa3(k, v, slots, lengths, queries, causal):
-    """FlashAttention-3, which loads whole tiles: it needs the slack."""
-    if not hasattr(torch.ops._vllm_fa3_C, "fwd"):
-        torch.ops.load_library(os.environ[FA3_LIBRARY])
-    longest = max(lengths)
-    if longest == 0:
-        return [torch.zeros_like(query) for query in queries]
-    given = {
-        "q": torch.cat(queries),
-        "k": k[:, :longest],
-        "v": v[:, :longest],
-        "cu_seqlens_q": running_sum(queries),
-        "seqused_k": whole_numbers(lengths),
-        "max_seqlen_q": max(len(query) for query in queries),
-        "max_seqlen_k": longest,
-        "kv_batch_idx": whole_numbers(slots),
-        "softmax_scale": k.shape[-1] ** -0.5,
-        "is_causal": causal,
-        "window_size_left": -1,
-        "window_size_right": -1,
-        "softcap": 0.0,
-        "is_rotary_interleaved": True,
-        "num_splits": 0,
-        "sm_margin": 0,
-        "cp_world_size": 1,
-        "cp_rank": 0,
-    }
-    # It has no defaults. What it has and we do not know of is optional, or else this fails.
-    forward = torch.ops._vllm_fa3_C.fwd.default
-    arguments = [given.pop(argument.name, None) for argument in forward._schema.arguments]
-    require(not given, f"FA3 does not take {list(given)}: {forward._schema}")
-    output = forward(*arguments)[0]
-    return list(output.split([len(query) for query in queries]))
-
-
 def ragged(seq: va.Sequence) -> int:
     """Several queries, another number for each slot, but never more than there are keys to see."""
     return min(max(seq.length, 1), 5 + 65 * seq.slot)
@@ -368,11 +395,6 @@ def square(seq: va.Sequence) -> int:
     return seq.length
 
 
-def four(seq: va.Sequence) -> int:
-    """The same number for a whole batch; 0, which leaves it out, where that is too many."""
-    return 4 if seq.length >= 4 else 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """How a kernel is to be tried.
@@ -380,34 +402,26 @@ class Kernel:
     Attributes:
         attend: takes ``(k, v, slots, lengths, queries, causal)``, returns one output for each
             sequence.
-        batched: whether it takes several sequences in one call.
         shortest: tokens; shorter sequences are left out.
         prefill: how many queries a sequence has in a prefill.
         groups: query heads for each head of K.
         layers: how many of the layers that were written are tried, from the last.
-        slack_tokens: tokens that it may read beyond a length.
     """
 
     attend: Callable[..., list[torch.Tensor]]
-    batched: bool = True
     shortest: int = 0
     prefill: Callable[[va.Sequence], int] = ragged
     groups: tuple[int, ...] = (1, 4)
     layers: int = 2
-    slack_tokens: int = 0
 
 
 KERNELS = {
-    "indexing": Kernel(attend=indexing, batched=False),
-    "flash_varlen": Kernel(attend=flash_varlen),
-    "flash_dense": Kernel(attend=flash_dense, batched=False, shortest=1),
-    "sdpa_flash": Kernel(
-        attend=sdpa(SDPBackend.FLASH_ATTENTION), batched=False, shortest=1, prefill=square
-    ),
+    "indexing": Kernel(attend=indexing),
+    "flash_dense": Kernel(attend=flash_dense, shortest=1),
+    "sdpa_flash": Kernel(attend=sdpa(SDPBackend.FLASH_ATTENTION), shortest=1, prefill=square),
     # It takes no grouped heads.
     "sdpa_efficient": Kernel(
         attend=sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        batched=False,
         shortest=1,
         prefill=square,
         groups=(1,),
@@ -415,14 +429,11 @@ KERNELS = {
     # It takes no single key, and makes a plan for each shape, which is slow.
     "sdpa_cudnn": Kernel(
         attend=sdpa(SDPBackend.CUDNN_ATTENTION),
-        batched=False,
         shortest=2,
         prefill=square,
         groups=(4,),
         layers=1,
     ),
-    "fa2": Kernel(attend=fa2, prefill=four),
-    "fa3": Kernel(attend=fa3, slack_tokens=256),
 }
 
 
@@ -465,23 +476,16 @@ def synchronize() -> None:
 
 def calls(filled: Filled, kernel: Kernel) -> Iterator[Call]:
     everyone = [seq for seq in filled.sequences if seq.length >= kernel.shortest]
-    batches = [[seq] for seq in everyone]
-    if kernel.batched:  # in the order of the slots, and in another
-        batches = [everyone, everyone[::-1], *batches]
     for layer, group in itertools.product(filled.layers[-kernel.layers :], kernel.groups):
-        for batch in batches:
-            yield Call(layer=layer, num_queries=dict.fromkeys(batch, 1), group=group, causal=False)
-            several = {seq: n for seq in batch if (n := kernel.prefill(seq)) > 0}
-            if several:
-                yield Call(layer=layer, num_queries=several, group=group, causal=True)
+        for seq in everyone:
+            yield Call(layer=layer, num_queries={seq: 1}, group=group, causal=False)
+            if (n := kernel.prefill(seq)) > 0:
+                yield Call(layer=layer, num_queries={seq: n}, group=group, causal=True)
 
 
 def tails(kernel: Kernel, layout: va.KVLayout) -> None:
     """Right answers, and no fault, over sequences that end everywhere about a page's end."""
-    filled = Filled(layout, kernel.slack_tokens)
-    if kernel.slack_tokens >= filled.page_tokens:
-        guarded = {slot for slot, *_, access in filled.kv.mappings() if access == "read"}
-        require(filled.of_length(1).slot in guarded, "a short sequence has no guard")
+    filled = Filled(layout)
     done = {False: 0, True: 0}
     why = ""
     for call in calls(filled, kernel):
@@ -553,18 +557,13 @@ def _cases() -> dict[str, Callable[[], None]]:
             given = (KERNELS[kernel], LAYOUTS[name])
             cases[f"{kind}-{kernel}-{name}"] = lambda given=given: run(*given)
 
-    whole_rows = ("layer-bf16-128", "layer-fp16-64", "token-bf16-128", "token-fp16-64")
     three = ("layer-bf16-128", "token-fp16-64", "token-bf16-128-padded")
-    add("tails", tails, "flash_varlen", *whole_rows)
     add("tails", tails, "flash_dense", "layer-fp16-64", "token-bf16-128-padded")
     add("tails", tails, "sdpa_flash", *three)
     add("tails", tails, "sdpa_efficient", *three)
     add("tails", tails, "sdpa_cudnn", *three)
-    add("tails", tails, "fa2", "layer-bf16-128", "token-bf16-128-padded")
     cases["tails-fa2_append-layer-bf16-128"] = lambda: appends(LAYOUTS["layer-bf16-128"])
-    add("tails", tails, "fa3", "layer-bf16-128", "token-bf16-128", "token-bf16-128-wide")
     add("beyond", beyond, "indexing", "token-bf16-128")
-    add("beyond", beyond, "flash_varlen", "layer-bf16-128", "token-bf16-128")
     add("beyond", beyond, "sdpa_flash", "token-fp16-64")
     add("beyond", beyond, "sdpa_efficient", "layer-bf16-128")
     add("beyond", beyond, "sdpa_cudnn", "layer-bf16-128")

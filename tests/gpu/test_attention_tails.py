@@ -1,37 +1,38 @@
 """Attention kernels that know nothing of paging, over slots whose tails are not mapped.
 
 Nothing lies behind a sequence's last page, so a kernel that reads further faults, and the fault
-takes its CUDA context with it. That is why each case runs in a process of its own; the processes,
-which spend most of their time on importing torch, run beside each other.
+takes its CUDA context with it. That is why they run in processes of their own: each kernel that is
+called by hand with each layout, and groups of cases of each backend of `vattention.attention`. The
+processes, which spend most of their time on importing torch, run beside each other.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
+import attend_by_backend as by_backend
 import attend_in_a_process as attend
 import pytest
 
 pytestmark = pytest.mark.gpu
 
-SCRIPT = Path(attend.__file__)
 AT_ONCE = 6
-TIMEOUT_S = 120
+TIMEOUT_S = 180
 
 Outcome = subprocess.CompletedProcess[str]
 
 
-def _run(case: str) -> Outcome:
+def _run(script: object, case: str) -> Outcome:
     # The same packages as here, however they have been found.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(SCRIPT), case]
+    command = [sys.executable, str(script.__file__), case]
     try:
         return subprocess.run(
             command,
@@ -48,31 +49,46 @@ def _run(case: str) -> Outcome:
         return Outcome(command, -signal.SIGKILL, f"{output}\nno end after {TIMEOUT_S} s", None)
 
 
+def _missing() -> dict[str, str]:
+    """Backends that cannot be used here, and why; what cannot be found out, their cases show."""
+    lines = _run(by_backend, "missing").stdout.strip().splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return {}
+
+
+def _run_group(group: str, missing: Future[dict[str, str]]) -> Outcome:
+    why = missing.result().get(group.split(".")[0])
+    if why:
+        return Outcome([], attend.SKIPPED, f"skipped: {why}", None)
+    return _run(by_backend, group)
+
+
 @pytest.fixture(scope="module")
 def outcome(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Outcome]]:
-    """What came of a case. All that were selected start when the first is asked for."""
+    """What came of a process. All that were selected start when the first is asked for."""
     selected = [
-        item.callspec.params["case"]
+        item.callspec.params["process"]
         for item in request.session.items
         if item.path == request.path and not item.get_closest_marker("skip")
     ]
     with ThreadPoolExecutor(AT_ONCE) as executor:
+        missing = executor.submit(_missing)
         futures: dict[str, Future[Outcome]] = {
-            case: executor.submit(_run, case) for case in dict.fromkeys(selected)
+            name: executor.submit(_run, attend, name)
+            if name in attend.CASES
+            else executor.submit(_run_group, name, missing)
+            for name in dict.fromkeys(selected)
         }
-        yield lambda case: futures[case].result()
+        yield lambda name: futures[name].result()
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _cases(kind: str) -> list[object]:
+def _by_hand(kind: str) -> list[object]:
     absent = {}
     if importlib.util.find_spec("flash_attn") is None:
-        absent["fa2"] = absent["fa2_append"] = "flash_attn is not installed"
-    library = os.environ.get(attend.FA3_LIBRARY)
-    if not library:
-        absent["fa3"] = f"{attend.FA3_LIBRARY} names no FlashAttention-3 library"
-    elif not Path(library).is_file():
-        absent["fa3"] = f"{attend.FA3_LIBRARY}: there is no {library}"
+        absent["fa2_append"] = "flash_attn is not installed"
     cases = []
     for case in attend.CASES:
         its_kind, kernel, layout = case.split("-", 2)
@@ -82,26 +98,76 @@ def _cases(kind: str) -> list[object]:
     return cases
 
 
-@pytest.mark.parametrize("case", _cases("tails"))
-def test_the_answer_is_right_where_tails_are_not_mapped(
-    case: str, outcome: Callable[[str], Outcome]
-) -> None:
-    result = outcome(case)
-    print(result.stdout)
+def _by_backend(beyond: bool) -> list[object]:
+    return [
+        pytest.param(group, case, id=f"{group}-{case}")
+        for group, cases in by_backend.all_groups().items()
+        if (group.split(".")[1] == by_backend.BEYOND) is beyond
+        for case in cases
+    ]
+
+
+def _skip_if_it_was(result: Outcome) -> None:
     if result.returncode == attend.SKIPPED:
-        pytest.skip(result.stdout.strip().splitlines()[-1])
+        pytest.skip(result.stdout.strip().splitlines()[-1].removeprefix("skipped: "))
+
+
+@pytest.mark.parametrize("process", _by_hand("tails"))
+def test_the_answer_is_right_where_tails_are_not_mapped(
+    process: str, outcome: Callable[[str], Outcome]
+) -> None:
+    result = outcome(process)
+    print(result.stdout)
+    _skip_if_it_was(result)
     assert result.returncode == attend.PASSED, "see what the process has printed"
 
 
-@pytest.mark.parametrize("case", _cases("beyond"))
-def test_a_fault_is_seen_where_a_kernel_reads_beyond_what_is_mapped(
-    case: str, outcome: Callable[[str], Outcome]
+@pytest.mark.parametrize(("process", "case"), _by_backend(beyond=False))
+def test_a_backend_is_right_where_tails_are_not_mapped(
+    process: str, case: str, outcome: Callable[[str], Outcome]
 ) -> None:
-    """Without this the test above would say nothing."""
-    result = outcome(case)
+    result = outcome(process)
+    _skip_if_it_was(result)
+    its_own = _of_case(result.stdout, case)
+    if its_own is None:
+        print(result.stdout[-5_000:])
+        pytest.fail(f"the process ended, with {result.returncode}, before it came to this case")
+    print(its_own)
+    verdict = its_own.splitlines()[-1]
+    if verdict.startswith(f"== {case} skipped: "):
+        pytest.skip(verdict.removeprefix(f"== {case} skipped: "))
+    assert verdict == f"== {case} passed", f"the process ended with {result.returncode}"
+
+
+@pytest.mark.parametrize("process", _by_hand("beyond"))
+def test_a_fault_is_seen_where_a_kernel_reads_beyond_what_is_mapped(
+    process: str, outcome: Callable[[str], Outcome]
+) -> None:
+    """Without this the tests above would say nothing."""
+    _expect_fault(outcome(process))
+
+
+@pytest.mark.parametrize(("process", "case"), _by_backend(beyond=True))
+def test_a_fault_is_seen_where_a_backend_reads_beyond_what_is_mapped(
+    process: str, case: str, outcome: Callable[[str], Outcome]
+) -> None:
+    _expect_fault(outcome(process))
+
+
+def _expect_fault(result: Outcome) -> None:
     print(result.stdout)
-    if result.returncode == attend.SKIPPED:
-        pytest.skip(result.stdout.strip().splitlines()[-1])
+    _skip_if_it_was(result)
     assert attend.ABOUT_TO_FAULT in result.stdout, "it did not come so far"
     # It may also die of what it has broken, while it ends.
     assert result.returncode in (attend.FAULTED, -signal.SIGABRT, -signal.SIGSEGV)
+
+
+def _of_case(output: str, case: str) -> str | None:
+    """What a process printed about one case, to its end; None if it never began."""
+    lines = output.splitlines()
+    if f">> {case}" not in lines:
+        return None
+    start = lines.index(f">> {case}")
+    rest = lines[start + 1 :]
+    end = next((i for i, line in enumerate(rest, start + 1) if line.startswith(">> ")), len(lines))
+    return "\n".join(lines[start:end])

@@ -39,8 +39,8 @@ BACKENDS: dict[str, type[Backend]] = {
         FlashAttention3,
         FlashAttention3Forward,
         FlashAttention2,
-        FlashInfer,
         TorchFlash,
+        FlashInfer,
         TorchEfficient,
         Torch,
     )

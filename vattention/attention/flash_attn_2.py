@@ -6,6 +6,7 @@ takes where they start and how long they are, as torch's own build of it does.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import torch
@@ -29,6 +30,7 @@ class FlashAttention2(Backend):
         head_dims=(256, 8),
         whole_rows=True,
         max_tokens=2**31,
+        front_slack_tokens=256,
         softcap=True,
         splits_by_capacity=True,
     )
@@ -38,6 +40,10 @@ class FlashAttention2(Backend):
         """The package."""
         if importlib.util.find_spec("flash_attn") is None:
             return "the package flash_attn"
+        try:
+            importlib.import_module("flash_attn.flash_attn_interface")
+        except (ImportError, OSError) as error:  # built for another torch, say
+            return f"a flash_attn that can be imported ({error})"
         return None
 
     @property

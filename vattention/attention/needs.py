@@ -69,10 +69,11 @@ class Needs:
         max_tokens: slots times their rows must stay below this, where the kernel counts rows with
             that many numbers; None: no limit that matters.
         max_elements: elements from the first to the last of a layer's K must stay below this.
+        front_slack_tokens: where it has a window, tokens below it that are loaded though they do
+            not count: keep so many mapped when memory below a window is given back.
         window: whether it has sliding windows.
         softcap: whether it has a softcap.
         sinks: whether it has sinks.
-        ragged_queries: whether rows may have different numbers of queries.
         graph_safe: whether a CUDA graph of it serves other lengths than those at its capture.
         host_lengths: whether it plans on the host, from lengths that the host must know.
         splits_by_capacity: whether it divides its work by the length that it is told and not by
@@ -91,10 +92,10 @@ class Needs:
     equal_strides: bool = False
     max_tokens: int | None = None
     max_elements: int | None = None
+    front_slack_tokens: int = 0
     window: bool = True
     softcap: bool = False
     sinks: bool = False
-    ragged_queries: bool = True
     graph_safe: bool = True
     host_lengths: bool = False
     splits_by_capacity: bool = False

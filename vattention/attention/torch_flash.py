@@ -26,6 +26,7 @@ class TorchFlash(Backend):
         head_dims=(256, 8),
         whole_rows=True,
         max_tokens=2**31,
+        front_slack_tokens=256,
         splits_by_capacity=True,
     )
 

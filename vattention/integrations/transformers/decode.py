@@ -109,6 +109,7 @@ class Decoder:
                     cache.lengths + [0] * padding,
                     max_length=self.max_length,
                 )
+            self._positions[live:].zero_()  # some rotary embeddings look at the largest
             if positions is None:
                 self._positions[:live].copy_(self.batches[0].lengths[:live, None])
         elif positions is None:

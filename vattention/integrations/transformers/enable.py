@@ -72,6 +72,8 @@ def enable(
         pool = Pool(memory, device)
     elif memory is not None:
         raise ConfigError("a pool brings its own memory: leave memory out")
+    elif not isinstance(pool, Pool):
+        raise ConfigError(f"pool must be a Pool; got {type(pool).__name__}")
     elif pool.device != device:
         raise ConfigError(f"the model is on {device}, the pool on {pool.device}")
     Engine(

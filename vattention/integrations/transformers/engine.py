@@ -281,22 +281,26 @@ class Engine:
             batches = []
             for number, group in enumerate(self.groups):
                 slots = cache.slots(number)
-                batch = Batch(group.kv, len(live), sum(counts))
+                batch = Batch(group.kv, len(live) or 1, sum(counts) or 1)
                 batch.fill_rows(
-                    [slots[row] for row in live],
-                    [lengths[row] for row in live],
-                    [counts[row] for row in live],
+                    [slots[row] for row in live] or [0],
+                    [lengths[row] for row in live] or [0],
+                    [counts[row] for row in live] or [1],
                 )
                 batches.append(batch)
+            packed_tokens = _packed(tokens, real)
             positions = kwargs.get("position_ids")
-            if positions is None:
+            if not live:  # nothing but padding: a token of it runs, and is written nowhere
+                packed_tokens = tokens.reshape(-1)[:1]
+                packed_positions = torch.zeros_like(packed_tokens)
+            elif positions is None:
                 packed_positions = batches[0].positions()
             else:
                 packed_positions = _packed(positions.expand(rows, width), real)
             wanted, place = _logits_wanted(kwargs.get("logits_to_keep", 0), real, rows, width)
             output = self.run_model(
                 _Prefill(self, batches),
-                input_ids=_packed(tokens, real)[None],
+                input_ids=packed_tokens[None],
                 position_ids=packed_positions[None],
                 past_key_values=cache,
                 logits_to_keep=wanted,

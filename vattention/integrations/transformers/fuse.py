@@ -66,16 +66,20 @@ def _forward_of(merged: _Merged, number: int) -> Any:
 
 
 def merge_linears(model: torch.nn.Module) -> list[_Merged]:
-    """Merges what can be merged; returns it, for `unmerge_linears`."""
-    done = []
-    for module in model.modules():
-        for names in _SHARED_INPUT:
-            linears: list[Any] = [getattr(module, name, None) for name in names]
-            if all(_is_plain(linear) for linear in linears) and _are_alike(linears):
-                merged = _Merged(linears)
-                for number, linear in enumerate(linears):
-                    linear.forward = _forward_of(merged, number)
-                done.append(merged)
+    """Merges what can be merged, or nothing; returns it, for `unmerge_linears`."""
+    done: list[_Merged] = []
+    try:
+        for module in model.modules():
+            for names in _SHARED_INPUT:
+                linears: list[Any] = [getattr(module, name, None) for name in names]
+                if all(_is_plain(linear) for linear in linears) and _are_alike(linears):
+                    merged = _Merged(linears)
+                    for number, linear in enumerate(linears):
+                        linear.forward = _forward_of(merged, number)
+                    done.append(merged)
+    except BaseException:
+        unmerge_linears(done)
+        raise
     return done
 
 
@@ -87,6 +91,7 @@ def unmerge_linears(all_merged: Iterable[_Merged]) -> None:
             linear.weight.data = linear.weight.data.clone()
             if linear.bias is not None:
                 linear.bias.data = linear.bias.data.clone()
+        del merged.weight, merged.bias  # one at a time: there may be no room for all
 
 
 def _is_plain(linear: Any) -> bool:
