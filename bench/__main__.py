@@ -1,8 +1,13 @@
-"""Runs the benchmarks: `python -m bench [NAME|all]`; draws them: `python -m bench plot`."""
+"""Runs the benchmarks: `python -m bench [NAME|all]`; draws them: `python -m bench plot`.
+
+`python -m bench attention --save` also writes what `vattention.attention` chooses backends by, and
+`python -m bench save-measured REPORT` writes it from the file of such a run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import traceback
@@ -11,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import bandwidth, generate, step
+from bench import attention, bandwidth, generate, measured, step
 from bench import map as mapping
 from bench.common import Context, write_report
 
@@ -19,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[Context], dict[str, object]]] = {
     "map": mapping.run,
     "step": step.run,
     "bandwidth": bandwidth.run,
+    "attention": attention.run,
     "generate": generate.run,
 }
 RESULTS = Path("bench/results")
@@ -31,7 +37,15 @@ def main() -> int:
         "backend (--device cpu) runs all of it at small sizes, to try the code: its figures say "
         "nothing about a GPU.",
     )
-    parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all", "plot"])
+    parser.add_argument(
+        "benchmark",
+        nargs="?",
+        default="all",
+        choices=[*BENCHMARKS, "all", "plot", "save-measured"],
+    )
+    parser.add_argument(
+        "report", nargs="?", type=Path, help="of save-measured: a file that attention wrote"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument(
         "--out",
@@ -43,21 +57,34 @@ def main() -> int:
         "--results", type=Path, default=RESULTS, metavar="DIR", help="what plot draws"
     )
     parser.add_argument("--quick", action="store_true", help="few repetitions; files end in -quick")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help=f"attention on a GPU: write its times into {measured.PATH.name}, by which backends "
+        "are chosen",
+    )
     parser.add_argument("--commit", help="the commit measured, for a copy that has no .git")
     args = parser.parse_args()
+    if (args.benchmark == "save-measured") is not (args.report is not None):
+        parser.error("save-measured takes a report, and nothing else does")
+    if args.benchmark == "save-measured":
+        return _save_measured(args.report)
     if args.benchmark == "plot":
         return _plot(args.results, args.out or RESULTS / "figures")
 
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: use --device cpu")
+    if args.save and (args.benchmark != "attention" or kind != "cuda" or args.quick):
+        parser.error("--save is for attention, on a GPU, with all repetitions")
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else "cpu"
     names = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     failed = False
     for name in names:
         # Rebuilt, so that no path of this machine gets into the file.
-        command = f"python -m bench {name} --device {kind}" + (" --quick" if args.quick else "")
-        context = Context(name, torch.device(device), args.quick, command, args.commit)
+        command = f"python -m bench {name} --device {kind}"
+        command += (" --quick" if args.quick else "") + (" --save" if args.save else "")
+        context = Context(name, torch.device(device), args.quick, command, args.commit, args.save)
         started = time.perf_counter()
         try:
             measurements = BENCHMARKS[name](context)
@@ -68,7 +95,18 @@ def main() -> int:
         took = time.perf_counter() - started
         path = write_report(context, measurements, args.out or RESULTS, took)
         print(f"\n{name}: {took:.1f} s, written to {path}", flush=True)
+        if args.save:
+            measured.save_report(json.loads(path.read_text()))
     return 1 if failed else 0
+
+
+def _save_measured(path: Path) -> int:
+    try:
+        measured.save_report(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # no such file, no JSON, or not such a report
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _plot(results: Path, directory: Path) -> int:

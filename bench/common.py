@@ -41,6 +41,7 @@ class Context:
     quick: bool
     command: str
     commit: str | None
+    save: bool = False  # what was measured is what `auto` chooses by from now on
 
     @property
     def cuda(self) -> bool:

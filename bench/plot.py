@@ -1,6 +1,8 @@
-"""Draws what the benchmarks measured: one figure for each device, from the newest files.
+"""Draws what the benchmarks measured, for each device from the newest files.
 
-Up to two panels, of what there are results for: backing one prompt, decode bandwidth, steps.
+- overview: up to two panels, of what there are results for: backing one prompt, decode bandwidth,
+  steps.
+- attention: decode and prefill, beside kernels over packed tensors and over pages.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from bench.common import show_bytes
 
 Report = dict[str, Any]
+Panel = tuple[Callable[[Axes, Report], None], Report]
 
 INK, MUTED, GRID = "#1c2430", "#66707d", "#e4e8ed"
-THEIRS, OURS, OURS_LIGHT, OURS_LIGHTEST = "#c0392b", "#1f6fb4", "#6aaede", "#b5d6f0"
+THEIRS, THEIRS_LIGHT = "#c0392b", "#e5a59e"
+OURS, OURS_LIGHT, OURS_LIGHTEST = "#1f6fb4", "#6aaede", "#b5d6f0"
 SERIES = ("#1f6fb4", "#e08e0b", "#2a9d6f", "#7d3c98")
 MARKERS = "osD^"
 # Of the kernels that ran, the first of these is drawn.
@@ -35,30 +39,37 @@ def draw(results: Path, directory: Path) -> list[Path]:
     """Draws the figures into a directory and returns their paths; none where nothing was found."""
     paths = []
     for device, reports in _newest(results).items():
-        panels: list[tuple[Callable[[Axes, Report], None], Report]] = [
-            (panel, reports[name]) for name, panel in PANELS.items() if name in reports
-        ][:2]
-        wide = len(panels) > 1
-        with plt.rc_context(_STYLE):
-            figure, axes = plt.subplots(
-                1,
-                len(panels),
-                figsize=(12, 4.8) if wide else (7, 4.8),
-                squeeze=False,
-                layout="constrained",
-            )
-            for axis, (panel, report) in zip(axes[0], panels, strict=True):
-                panel(axis, report)
-                axis.spines[["top", "right"]].set_visible(False)
-            label = panels[0][1]["label"]
-            quick = ", few repetitions" if any(report["quick"] for _, report in panels) else ""
-            figure.supxlabel(f"{label}{quick}", fontsize=10, color=MUTED)
-            directory.mkdir(parents=True, exist_ok=True)
-            path = directory / f"overview-{device}.png"
-            figure.savefig(path, dpi=150)
-            plt.close(figure)
-        paths.append(path)
+        figures: dict[str, list[Panel]] = {
+            "overview": [(PANELS[name], reports[name]) for name in PANELS if name in reports][:2],
+            "attention": [(panel, reports[name]) for name, panel in ATTENTION if name in reports],
+        }
+        for name, panels in figures.items():
+            if panels:
+                path = directory / f"{name}-{device}.png"
+                _draw_figure(panels, path)
+                paths.append(path)
     return paths
+
+
+def _draw_figure(panels: list[Panel], path: Path) -> None:
+    wide = len(panels) > 1
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            1,
+            len(panels),
+            figsize=(12, 4.8) if wide else (7, 4.8),
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, (panel, report) in zip(axes[0], panels, strict=True):
+            panel(axis, report)
+            axis.spines[["top", "right"]].set_visible(False)
+        label = panels[0][1]["label"]
+        quick = ", few repetitions" if any(report["quick"] for _, report in panels) else ""
+        figure.supxlabel(f"{label}{quick}", fontsize=10, color=MUTED)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
 
 
 _STYLE = {
@@ -86,7 +97,7 @@ def _newest(results: Path) -> dict[str, dict[str, Report]]:
     for path in sorted(results.glob("*.json")):
         report = json.loads(path.read_text())
         name = report.get("benchmark")
-        if name not in PANELS:
+        if name not in PANELS and name not in dict(ATTENTION):
             continue
         device = path.stem.removeprefix(f"{name}-").removesuffix("-quick")
         other = found.setdefault(device, {}).get(name)
@@ -217,6 +228,79 @@ def _draw_step(axis: Axes, report: Report) -> None:
     axis.set_title(f"A step of {measured['sequences']} sequences")
 
 
+# Which row of the contest a bar is: a name of it, or by a name of `best`.
+Bar = tuple[str, str, Callable[[Report], str | None]]
+_OURS: Bar = ("ours, auto", OURS, lambda shape: "auto, balanced order")
+_PACKED: Bar = ("best over packed tensors", OURS_LIGHT, lambda shape: shape["best"]["packed"])
+_PAGED: Bar = ("best over pages", THEIRS, lambda shape: shape["best"]["paged"])
+_PAGED_16: Bar = ("FlashAttention-3, pages of 16", THEIRS_LIGHT, lambda shape: "FA3, paged 16")
+
+
+def _draw_decode(axis: Axes, report: Report) -> None:
+    _draw_rates(axis, report, "decode", [_OURS, _PACKED, _PAGED])
+    axis.set_title("Decode, one layer of attention")
+
+
+def _draw_prefill(axis: Axes, report: Report) -> None:
+    _draw_rates(axis, report, "prefill", [_OURS, _PACKED, _PAGED, _PAGED_16])
+    axis.set_title("Prefill, one layer of attention")
+
+
+def _draw_rates(axis: Axes, report: Report, phase: str, bars: list[Bar]) -> None:
+    shapes = [shape for shape in report["measurements"]["shapes"] if shape["phase"] == phase]
+    bars = [bar for bar in bars if any(bar[2](shape) in shape["contest"] for shape in shapes)]
+    width = 0.8 / len(bars)
+    for i, (name, color, pick) in enumerate(bars):
+        found = [
+            (group + (i - (len(bars) - 1) / 2) * width, shape["contest"][row], row)
+            for group, shape in enumerate(shapes)
+            for row in (pick(shape),)
+            if row in shape["contest"]
+        ]
+        places, rates = [place for place, *_ in found], [of["rate"] for _, of, _ in found]
+        axis.bar(places, rates, width * 0.92, label=name, color=color)
+        for place, of, row in found:
+            # What it is, where the legend does not say.
+            kernel = of["version"].split()[0] if of["kernel"] == "auto" else row
+            axis.annotate(
+                kernel,
+                (place, 0),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                rotation=90,
+                fontsize=8,
+                color="white" if color in (OURS, THEIRS) else INK,
+            )
+            axis.annotate(
+                f"{of['rate']:,.0f}" if of["rate"] >= 10 else f"{of['rate']:.2g}",
+                (place, of["rate"]),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+    for group, shape in enumerate(shapes):
+        axis.hlines(
+            shape["floor_rate"],
+            group - 0.42,
+            group + 0.42,
+            color=MUTED,
+            linewidth=1,
+            linestyle="--",
+            label="floor" if group == 0 else None,
+        )
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.25)  # room for the legend
+    axis.set_xticks(
+        range(len(shapes)), [f"{shape['batch']} x {shape['length']:,}" for shape in shapes]
+    )
+    axis.tick_params(axis="x", length=0)
+    axis.grid(axis="y")
+    axis.legend(loc="upper left", ncols=2)
+    axis.set_ylabel(f"{shapes[0]['unit']}, median")
+
+
 def _show_short(us: float) -> str:
     for unit_us, name in ((1e6, "s"), (1e3, "ms")):
         if us >= unit_us:
@@ -229,3 +313,4 @@ PANELS: dict[str, Callable[[Axes, Report], None]] = {
     "bandwidth": _draw_bandwidth,
     "step": _draw_step,
 }
+ATTENTION = [("attention", _draw_decode), ("attention", _draw_prefill)]

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from bench import measured
 
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ("map", "step", "bandwidth")
+BENCHMARKS = ("map", "step", "bandwidth", "attention")
 
 
 def run_bench(*arguments: object) -> None:
@@ -60,6 +63,46 @@ def test_an_idle_step_makes_no_backend_call(results):
     assert idle["calls"]["made"] == 0
 
 
-def test_results_are_drawn(results, tmp_path):
+def attention_report(results: Path) -> dict[str, Any]:
+    return json.loads((results / "attention-host-quick.json").read_text())
+
+
+def test_attention_compares_slots_with_packed_tensors_and_pages(results):
+    measured = attention_report(results)["measurements"]
+    for shape in measured["shapes"]:
+        assert {row["place"] for row in shape["contest"].values()} == {
+            *("balanced order", "layer order", "token order"),
+            *("packed", "paged 16", "paged 64"),
+        }
+        assert "auto, balanced order" in shape["contest"]
+        assert all(row["largest_error"] < 0.01 for row in shape["contest"].values())
+    assert {shape["phase"] for shape in measured["shapes"]} == {"decode", "prefill"}
+    agree = measured["claims"][-1]
+    assert agree["holds"] and not agree["wrong"]
+    assert "cuda" in measured["absent"]["fa2"]
+
+
+def test_a_report_of_a_gpu_becomes_what_auto_chooses_by(results, tmp_path):
+    report = attention_report(results)
+    path = tmp_path / "measured.json"
+    with pytest.raises(ValueError, match="full runs on a GPU"):
+        measured.save_report(report, path)
+    report["quick"] = False
+    report["measurements"]["capability"] = [9, 0]
+    path.write_text(json.dumps({"devices": [{"name": "another"}]}))
+    for name in ("some GPU", "a third", "some GPU"):
+        report["environment"]["device"] = name
+        measured.save_report(report, path)
+    devices = json.loads(path.read_text())["devices"]
+    assert [device["name"] for device in devices] == ["another", "a third", "some GPU"]
+    assert devices[2]["capability"] == [9, 0]
+    assert devices[2]["from"]["torch"] == report["environment"]["torch"]
+    for shape in devices[2]["shapes"]:
+        assert set(shape) == {"phase", "rows", "length", "us"}
+        assert shape["us"]["torch"] > 0
+
+
+@pytest.mark.parametrize("name", ["overview", "attention"])
+def test_results_are_drawn(results, tmp_path, name):
     run_bench("plot", "--results", results, "--out", tmp_path)
-    assert (tmp_path / "overview-host.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert (tmp_path / f"{name}-host.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -84,8 +84,8 @@ def fill(name: str, layout: va.KVLayout, **options: Any) -> Filled:
     filled = Filled(layout, **(settings | options))
     if filled.kv.tail_slack_tokens >= filled.page_tokens:
         guarded = {slot for slot, *_, access in filled.kv.mappings() if access == "read"}
-        short = [seq.slot for seq in filled.sequences if 0 < seq.length <= filled.page_tokens]
-        require(guarded >= set(short), "a short sequence has no guard")
+        shortest = min((seq for seq in filled.sequences if seq.length), key=lambda seq: seq.length)
+        require(shortest.slot in guarded, "a short sequence has no guard")
     return filled
 
 

@@ -15,6 +15,7 @@ from vattention.attention.torch_flash import as_one_sequence, slot_starts
 
 __all__ = ["TorchEfficient"]
 
+_ACCUMULATED_IN_REGISTERS = 128
 _NO_MASK, _CAUSAL_FROM_BOTTOM_RIGHT = 0, 2
 
 
@@ -91,4 +92,10 @@ class TorchEfficient(Backend):
                 call(by_head[:, :, i], batch.query_starts, batch.max_queries) for i in range(group)
             ]
             output = torch.stack(parts, dim=2)
-        return output.flatten(1, 2)
+        output = output.flatten(1, 2)
+        if (
+            v.shape[3] > _ACCUMULATED_IN_REGISTERS
+        ):  # where there was nothing to see, it wrote nothing
+            empty = batch.derived("empty", lambda: (batch.lengths == 0)[batch.query_rows])
+            output = output.masked_fill(empty[:, None, None], 0)
+        return output

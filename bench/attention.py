@@ -1,0 +1,764 @@
+"""Attention over slots, against the same kernels over packed tensors and against paged caches.
+
+One layer of Llama-3-8B's shape, bf16, random data, all sequences of one length; calls rotate over
+several layers. Decode: one query a sequence. Prefill: all tokens of one prompt, causal.
+
+- ours: `vattention.attention` over an allocator in its default order of rows (balanced), in layer
+  order and in token order with all layers of a model in a row. Slots have addresses for twice the
+  length. `auto` is what a user gets who asks for nothing.
+- packed: the same backends over tensors [batch, length, heads, dim] without a gap.
+- paged: see bench/paged.py. The FlashAttention-3 of vLLM is the same binary in all three.
+
+Before anything is timed, the output of every arm is compared with that of the first one, and that
+with a reference in float64. A measurement is in two parts:
+
+- sweep: every arm, in turn. The times of ours over the default order are what `auto` chooses by
+  (`--save`). Arms that are far behind the fastest are timed in turn among themselves.
+- contest: of ours, packed and paged the fastest of the sweep, and `auto`, all in turn again, so
+  that what is compared was timed in the same repetitions. Ratios are of those pairs; the best of a
+  kind is the one with the lowest median here.
+
+host: how long a call takes to return. Where that is more than the time on the device, a gap may be
+part of the time. The floor is, in decode, the bytes of K and V over the faster of a copy (read and
+written) and of reading; in prefill, the operations below the diagonal over the rate of a large
+matrix product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import vattention as va
+from bench import measured
+from bench.bandwidth import measure_read
+from bench.common import (
+    GIB,
+    Context,
+    Samples,
+    alternate,
+    clock_us,
+    describe_layout,
+    heading,
+    llama3_8b,
+    measure_bandwidth,
+    paired_ratio,
+    print_table,
+    quantile,
+    release_cache,
+    show_bytes,
+    show_spread,
+    show_us,
+    small,
+    summarize,
+    time_device_us,
+)
+from bench.paged import NO_PLAN, Absent, Call, Pages, Queries, peers
+from vattention.attention import BACKENDS, Attention, Batch, Options
+
+LAYERS = 4  # rotated over: several times the L2 in any shape of decode
+GROUP = 4  # query heads of one KV head
+TOLERANCE = 1e-2  # of a row's norm
+FAR_BEHIND = 2.5  # times the fastest
+KEPT = 2  # of each kind for the contest
+
+DEFAULT = "balanced"
+ORDERS = (DEFAULT, "layer", "token")
+OURS, PACKED, PAGED = "ours", "packed", "paged"
+
+# What is claimed, as the least ratio of times.
+DECODE_OF_PACKED = 0.985
+PREFILL_LENGTH = 32_768
+PREFILL_OF_PACKED = 0.99
+PREFILL_OF_PAGED_16 = 1.15
+OF_PAGED = 1.0
+
+
+def run(context: Context) -> dict[str, object]:
+    floors = measure_bandwidth(context)
+    floors["read_bytes_per_s"] = measure_read(context)
+    floors["matmul_flop_per_s"] = _measure_matmul(context)
+    release_cache(context)
+    report = _Report(context, floors)
+    shapes = [_run_shape(report, shape) for shape in _shapes(context)]
+    claims = [claim for shape in shapes for claim in shape["claims"]]
+    claims.append(
+        {"claim": "outputs of all arms agree", "holds": not report.wrong, "wrong": report.wrong}
+    )
+    _show_claims(context, claims)
+    for name, reason in report.absent.items():
+        print(f"{name} is left out: {reason}", file=sys.stderr)
+    return {
+        "what": __doc__,
+        **floors,
+        "query_heads": _layout(context, DEFAULT).num_kv_heads * GROUP,
+        "layers_rotated_over": LAYERS,
+        "capability": report.capability,
+        "backends": report.versions,
+        "layouts": {order: _describe(_layout(context, order)) for order in ORDERS},
+        "absent": report.absent,
+        "shapes": shapes,
+        "claims": claims,
+        "measured": report.measured,
+    }
+
+
+@dataclass(frozen=True)
+class _Shape:
+    rows: int
+    length: int
+    queries: int  # of each row
+
+    @property
+    def phase(self) -> str:
+        return "decode" if self.queries == 1 else "prefill"
+
+    def __str__(self) -> str:
+        return f"{self.phase}, {self.rows} x {self.length:,}"
+
+
+def _shapes(context: Context) -> list[_Shape]:
+    decode = context.pick(
+        [(32, 4_096), (8, 32_768), (128, 1_024), (1, 131_072)],
+        [(4, 512), (1, 1_024)],
+        [(32, 4_096), (1, 131_072)] if context.cuda else [(4, 512)],
+    )
+    prefill = context.pick([8_192, 32_768], [512], [8_192] if context.cuda else [256])
+    return [
+        *(_Shape(rows, length, 1) for rows, length in decode),
+        *(_Shape(1, length, length) for length in prefill),
+    ]
+
+
+@dataclass
+class _Report:
+    """What shapes add to."""
+
+    context: Context
+    floors: dict[str, float]
+    absent: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    measured: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def capability(self) -> list[int] | None:
+        if not self.context.cuda:
+            return None
+        return list(torch.cuda.get_device_capability(self.context.device))
+
+
+def _measure_matmul(context: Context) -> float:
+    """Operations a second of a large matrix product."""
+    size = context.pick(8_192, 256)
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=context.device) for _ in range(2))
+    samples = alternate(
+        {"matmul": lambda: {"us": time_device_us(context, lambda: a @ b)}},
+        repetitions=context.pick(20, 5, 5),
+        warmup=3,
+    )
+    return 2 * size**3 / quantile(samples["matmul"]["us"], 0.5) * 1e6
+
+
+# ---- where K and V lie ----
+
+
+def _layout(context: Context, order: str) -> va.KVLayout:
+    # Any four layers lie in balanced order as these do; in token order a row grows with them.
+    many = context.pick(32, 16) if order == "token" else LAYERS
+    return (llama3_8b if context.cuda else small)(order, num_layers=many)
+
+
+def _describe(layout: va.KVLayout) -> dict[str, Any]:
+    return describe_layout(layout) | {
+        "row_bytes": layout.row_bytes[0],
+        "layers_read": _layers_read(layout),
+    }
+
+
+def _layers_read(layout: va.KVLayout) -> list[int]:
+    """From the first to the last, evenly spaced."""
+    return [round(i * (layout.num_layers - 1) / (LAYERS - 1)) for i in range(LAYERS)]
+
+
+def _place(order: str) -> str:
+    return f"{order} order"
+
+
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _make_packed(context: Context, shape: _Shape) -> Layers:
+    layout = _layout(context, DEFAULT)
+    size = (shape.rows, shape.length, layout.num_kv_heads, layout.head_dim)
+
+    def fresh() -> torch.Tensor:
+        return torch.randn(size, dtype=layout.dtype, device=context.device)
+
+    return [(fresh(), fresh()) for _ in range(LAYERS)]
+
+
+class _Slots:
+    """The same K and V in an allocator of ours."""
+
+    def __init__(self, context: Context, shape: _Shape, order: str, packed: Layers) -> None:
+        layout = _layout(context, order)
+        self.place = _place(order)
+        self._layers = _layers_read(layout)
+        page_bytes = va.Pool(GIB, context.device, background=False).page_bytes
+        self._pool = va.Pool(
+            shape.rows * layout.mapped_bytes(shape.length, page_bytes),
+            context.device,
+            background=False,
+        )
+        self._kv = va.KVAllocator(
+            layout,
+            max_sequences=shape.rows,
+            max_seq_len=2 * shape.length,
+            pool=self._pool,
+            lookahead_tokens=0,
+        )
+        sequences = self._kv.allocate_batch(shape.rows, shape.length)
+        for layer, sources in zip(self._layers, packed, strict=True):
+            for tensor, source in zip(self._kv.layer(layer), sources, strict=True):
+                tensor[:, : shape.length].copy_(source)
+        self._batch = Batch.of(dict.fromkeys(sequences, shape.queries))
+        # As the rows of the packed tensors, which the same batch is for.
+        assert self._batch.host_slots == list(range(shape.rows))
+        self._options = Options(num_heads=layout.num_kv_heads * GROUP)
+        self._attentions: dict[str, Attention] = {}
+
+    def attention(self, backend: str) -> Attention:
+        found = self._attentions.get(backend)
+        if found is None:
+            found = self._attentions[backend] = Attention(self._kv, self._options, backend)
+        return found
+
+    def chosen(self, backend: str) -> Any:
+        """The backend that computes this batch."""
+        return self.attention(backend).backend_for(self._batch)
+
+    def calls(self, backend: str, q: torch.Tensor) -> list[Call]:
+        attention = self.attention(backend)
+        return [lambda layer=layer: attention(q, layer, self._batch) for layer in self._layers]
+
+    def calls_over_packed(self, backend: str, q: torch.Tensor, packed: Layers) -> list[Call]:
+        kernel, batch = self.chosen(backend), self._batch
+        return [
+            lambda k=k, v=v: kernel.attend(q, k, v, batch, sinks=None, scales=None)
+            for k, v in packed
+        ]
+
+    def plan_of_fa3(self) -> tuple[int, int]:
+        """What our backend asks the plan of FlashAttention-3 for, so that pages can have it too."""
+        kernel = self._attentions.get("fa3_vllm")
+        splits = getattr(kernel and kernel.backend_for(self._batch), "_splits", None)
+        return NO_PLAN if splits is None else splits(self._batch)
+
+    def close(self) -> None:
+        self._attentions.clear()
+        self._kv.close()
+        self._pool.reclaim()
+
+
+# ---- arms ----
+
+
+class _Arm:
+    """One kernel over one place, called for one layer after another."""
+
+    def __init__(self, kind: str, kernel: str, place: str, version: str, calls: list[Call]) -> None:
+        self.kind, self.kernel, self.place, self.version = kind, kernel, place, version
+        self.calls = calls
+        self.error = math.nan
+        self._in_turn = itertools.cycle(calls)
+        self._host_us: list[float] = []
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}, {self.place}"
+
+    def work(self) -> None:
+        started = clock_us()
+        next(self._in_turn)()
+        self._host_us.append(clock_us() - started)
+
+    def take_host_us(self) -> float:
+        """The median since it was asked last."""
+        us = quantile(self._host_us, 0.5)
+        self._host_us.clear()
+        return us
+
+
+def _try(report: _Report, name: str, shape: _Shape, make: Callable[[], _Arm]) -> _Arm | None:
+    """An arm that runs; or None, and why is noted."""
+    context = report.context
+    try:
+        arm = make()
+        arm.calls[0]()
+        context.synchronize()
+        return arm
+    except (Absent, va.ConfigError, va.BackendUnavailable) as reason:
+        report.absent[name] = str(reason)
+    except ModuleNotFoundError as error:
+        report.absent[name] = f"the module {error.name} is not installed"
+    except Exception as error:
+        # Shown whole, but what it says may name paths, which are nobody's business.
+        traceback.print_exc()
+        report.absent[f"{name}; {shape}"] = f"failed: {type(error).__name__}"
+    return None
+
+
+def _ours(
+    report: _Report, shape: _Shape, slots: _Slots, q: torch.Tensor, backends: Iterable[str]
+) -> list[_Arm]:
+    def make(backend: str) -> _Arm:
+        calls = slots.calls(backend, q)
+        chosen = slots.chosen(backend)
+        report.versions[chosen.name] = chosen.version
+        version = f"{chosen.name} {chosen.version}" if backend == "auto" else chosen.version
+        return _Arm(OURS, backend, slots.place, version, calls)
+
+    # Why a library cannot be used is the same for all places.
+    return _keep(
+        _try(
+            report,
+            name if slots.place == _place(DEFAULT) else f"{name}, {slots.place}",
+            shape,
+            lambda name=name: make(name),
+        )
+        for name in backends
+    )
+
+
+def _keep(arms: Iterable[_Arm | None]) -> list[_Arm]:
+    return [arm for arm in arms if arm is not None]
+
+
+def _packed_arms(
+    report: _Report, shape: _Shape, like: list[_Arm], slots: _Slots, q: torch.Tensor, packed: Layers
+) -> list[_Arm]:
+    def make(arm: _Arm) -> _Arm:
+        calls = slots.calls_over_packed(arm.kernel, q, packed)
+        return _Arm(PACKED, arm.kernel, PACKED, arm.version, calls)
+
+    return _keep(
+        _try(report, f"{arm.kernel}, packed", shape, lambda arm=arm: make(arm)) for arm in like
+    )
+
+
+def _paged_arms(
+    report: _Report, shape: _Shape, slots: _Slots, q: torch.Tensor, packed: Layers
+) -> tuple[list[_Arm], dict[str, Pages]]:
+    of = Queries(q, shape.rows, shape.queries, shape.length, slots.plan_of_fa3())
+    caches: dict[str, Pages] = {}
+    arms: list[_Arm | None] = []
+    for peer in peers(report.context, of):
+
+        def make(peer: Any = peer) -> _Arm:
+            pages = caches.get(peer.place)
+            if pages is None:
+                pages = caches[peer.place] = Pages(report.context, packed, peer.page_tokens)
+            return _Arm(PAGED, peer.kernel, peer.place, *peer.bind(of, pages))
+
+        arms.append(_try(report, f"{peer.kernel}, {peer.place}", shape, make))
+    return _keep(arms), caches
+
+
+# ---- are they right? ----
+
+
+class _Expected:
+    """The first arm's outputs, which are held against a reference."""
+
+    def __init__(self, shape: _Shape, first: _Arm, q: torch.Tensor, packed: Layers) -> None:
+        self._outputs = [call() for call in first.calls]
+        at = sorted({round(i * (q.shape[0] - 1) / 7) for i in range(8)})
+        for (k, v), output in zip(packed, self._outputs, strict=True):
+            reference = torch.stack([_reference(shape, q, k, v, i) for i in at])
+            error = _row_error(output[at], reference)
+            assert error <= TOLERANCE, f"{first.name} is off by {error:.2g} from the reference"
+
+    def agree(self, report: _Report, shape: _Shape, arms: list[_Arm]) -> list[_Arm]:
+        """Those whose outputs are the same as the first one's; of others it is noted."""
+        right = []
+        for arm in arms:
+            arm.error = _largest(
+                _row_error(call(), expected)
+                for call, expected in zip(arm.calls, self._outputs, strict=True)
+            )
+            if arm.error <= TOLERANCE:
+                right.append(arm)
+            else:
+                report.wrong.append(f"{arm.name}; {shape}")
+                report.absent[f"{arm.name}; {shape}"] = f"WRONG: off by {arm.error:.2g}"
+        return right
+
+
+def _reference(
+    shape: _Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, number: int
+) -> torch.Tensor:
+    """The output of one query, in float64."""
+    row, query = divmod(number, shape.queries)
+    seen = shape.length - shape.queries + query + 1
+    keys, values = k[row, :seen].double(), v[row, :seen].double()
+    heads, dim = keys.shape[1:]
+    grouped = q[number].double().view(heads, GROUP, dim)
+    scores = torch.einsum("hgd,shd->hgs", grouped, keys) / math.sqrt(dim)
+    return torch.einsum("hgs,shd->hgd", scores.softmax(-1), values).reshape(heads * GROUP, dim)
+
+
+def _row_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest of any row, relative to its norm; NaN where there is NaN."""
+    if output.shape != expected.shape:
+        return math.nan
+    output, expected = output.double().flatten(1), expected.double().flatten(1)
+    return float(((output - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def _largest(numbers: Iterable[float]) -> float:
+    """Python's own forgets a NaN that comes later."""
+    return float(torch.tensor(list(numbers), dtype=torch.float64).max())
+
+
+# ---- measuring ----
+
+
+def _run_shape(report: _Report, shape: _Shape) -> dict[str, Any]:
+    context = report.context
+    torch.manual_seed(0)
+    layout = _layout(context, DEFAULT)
+    packed = _make_packed(context, shape)
+    q = torch.randn(
+        shape.rows * shape.queries,
+        layout.num_kv_heads * GROUP,
+        layout.head_dim,
+        dtype=layout.dtype,
+        device=context.device,
+    )
+    result = _about(report, shape, layout)
+    places = {DEFAULT: _Slots(context, shape, DEFAULT, packed)}
+    if shape.phase == "prefill":  # one sequence: little memory
+        places["token"] = _Slots(context, shape, "token", packed)
+
+    ours = _ours(report, shape, places[DEFAULT], q, BACKENDS)
+    names = [arm.kernel for arm in ours]
+    arms = _packed_arms(report, shape, ours, places[DEFAULT], q, packed) + ours
+    for order in list(places)[1:]:
+        arms += _ours(report, shape, places[order], q, names)
+    paged, caches = _paged_arms(report, shape, places[DEFAULT], q, packed)
+    expected = _Expected(shape, arms[0], q, packed)
+    arms = expected.agree(report, shape, arms + paged)
+    sweep = result["sweep"] = _sweep(context, shape, result, arms)
+    report.measured.append(
+        {
+            "phase": shape.phase,
+            "rows": shape.rows,
+            "length": shape.length,
+            "us": {
+                arm.kernel: round(sweep[arm.name]["us"]["median"], 1)
+                for arm in arms
+                if arm.place == _place(DEFAULT)
+            },
+        }
+    )
+    if context.save:
+        assert report.capability is not None
+        name = torch.cuda.get_device_name(context.device)
+        measured.save(name, report.capability, report.measured, {"date": "a run not at its end"})
+
+    arms = _finalists(shape, sweep, arms)
+    kernels = [arm.kernel for arm in arms if arm.kind == OURS]
+    # In decode, all layers of a token need room that those pages take.
+    used = {arm.place for arm in arms}
+    for place in [place for place in caches if place not in used]:
+        del caches[place]
+    paged.clear()
+    ours.clear()
+    release_cache(context)
+    more = _ours(report, shape, places[DEFAULT], q, ["auto"])
+    for order in ORDERS[1:]:
+        slots = places.get(order)
+        if slots is None:
+            slots = places[order] = _Slots(context, shape, order, packed)
+        more += _ours(report, shape, slots, q, kernels)
+    arms += expected.agree(report, shape, more)
+    result["auto"] = next((arm.version for arm in more if arm.kernel == "auto"), None)
+    if context.cuda:
+        free, total = torch.cuda.mem_get_info(context.device)
+        result["device_bytes_in_use"] = total - free
+    _contest(context, shape, result, arms)
+    arms.clear()
+    more.clear()
+    for slots in places.values():
+        slots.close()
+    del packed, caches, expected, q
+    release_cache(context)
+    return result
+
+
+def _about(report: _Report, shape: _Shape, layout: va.KVLayout) -> dict[str, Any]:
+    floors = report.floors
+    nbytes = shape.rows * shape.length * (layout.k_bytes + layout.v_bytes)
+    flop = 0.0
+    if shape.phase == "decode":
+        fastest = max(floors["copy_bytes_per_s"], floors["read_bytes_per_s"])
+        floor_us = nbytes / fastest * 1e6
+    else:
+        heads = layout.num_kv_heads * GROUP
+        flop = 4 * heads * layout.head_dim * shape.length**2 / 2
+        floor_us = flop / floors["matmul_flop_per_s"] * 1e6
+    return {
+        "phase": shape.phase,
+        "batch": shape.rows,
+        "length": shape.length,
+        "bytes_of_a_layer": nbytes,
+        "flop": flop,
+        "floor_us": floor_us,
+        "unit": "GB/s" if shape.phase == "decode" else "TFLOP/s",
+        "floor_rate": nbytes / floor_us / 1e3 if shape.phase == "decode" else flop / floor_us / 1e6,
+    }
+
+
+def _rate(result: Mapping[str, Any], us: float) -> float:
+    """In the unit of the shape."""
+    if result["phase"] == "decode":
+        return float(result["bytes_of_a_layer"] / us / 1e3)
+    return float(result["flop"] / us / 1e6)
+
+
+def _time(context: Context, arms: list[_Arm], repetitions: int, warmup: int) -> Samples:
+    return alternate(
+        {arm.name: (lambda arm=arm: {"us": time_device_us(context, arm.work)}) for arm in arms},
+        repetitions=repetitions,
+        warmup=warmup,
+    )
+
+
+def _sweep(
+    context: Context, shape: _Shape, result: Mapping[str, Any], arms: list[_Arm]
+) -> dict[str, dict[str, Any]]:
+    once = {arm.name: time_device_us(context, arm.work) for arm in arms}
+    limit = FAR_BEHIND * min(once.values())
+    near = [arm for arm in arms if once[arm.name] <= limit]
+    far = [arm for arm in arms if once[arm.name] > limit]
+    decode = shape.phase == "decode"
+    repetitions = context.pick(20 if decode else 6, 3, 8 if decode and context.cuda else 3)
+    samples = _time(context, near, repetitions, warmup=2 if decode else 1)
+    samples |= _time(context, far, 3, warmup=1)
+    found = {
+        arm.name: {
+            "kind": arm.kind,
+            "kernel": arm.kernel,
+            "place": arm.place,
+            "version": arm.version,
+            "largest_error": arm.error,
+            "us": summarize(samples[arm.name]["us"], keep=False),
+            "rate": _rate(result, quantile(samples[arm.name]["us"], 0.5)),
+            "host_us": arm.take_host_us(),
+            "far_behind": arm in far,
+        }
+        for arm in arms
+    }
+    _show(
+        context,
+        shape,
+        result,
+        "all",
+        ("of floor", "host"),
+        {
+            name: (
+                row["us"],
+                f"{result['floor_us'] / row['us']['median']:.3f}",
+                show_us(row["host_us"]),
+            )
+            for name, row in found.items()
+        },
+    )
+    return found
+
+
+def _finalists(
+    shape: _Shape, sweep: Mapping[str, Mapping[str, Any]], arms: list[_Arm]
+) -> list[_Arm]:
+    """The fastest of each kind; of ours those over the default order.
+
+    And of pages the fastest without our plan, in prefill FA3 with pages of 16.
+    """
+    by_time = sorted(arms, key=lambda arm: sweep[arm.name]["us"]["median"])
+    chosen: list[_Arm] = []
+    for kind in (OURS, PACKED, PAGED):
+        of_kind = [
+            arm
+            for arm in by_time
+            if arm.kind == kind and (kind != OURS or arm.place == _place(DEFAULT))
+        ]
+        chosen += of_kind[:KEPT]
+        if kind == PAGED:
+            chosen += [arm for arm in of_kind if "our plan" not in arm.kernel][:1]
+        if shape.phase == "prefill":
+            chosen += [arm for arm in of_kind if arm.name == "FA3, paged 16"]
+    return list(dict.fromkeys(chosen))
+
+
+def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list[_Arm]) -> None:
+    decode = shape.phase == "decode"
+    repetitions = context.pick(50 if decode else 16, 5, 12 if context.cuda else 3)
+    samples = _time(context, arms, repetitions, warmup=3 if decode else 1)
+    us = {arm.name: samples[arm.name]["us"] for arm in arms}
+    median = {name: quantile(taken, 0.5) for name, taken in us.items()}
+
+    def best(of: Iterable[_Arm]) -> str | None:
+        return min((arm.name for arm in of), key=lambda name: median[name], default=None)
+
+    # What users have who choose no order.
+    default = [arm for arm in arms if arm.kind == OURS and arm.place == _place(DEFAULT)]
+    found = {
+        OURS: best(default),
+        PACKED: best(arm for arm in arms if arm.kind == PACKED),
+        PAGED: best(arm for arm in arms if arm.kind == PAGED),
+    }
+
+    def over(name: str | None, other: str | None) -> dict[str, Any] | None:
+        """How many times as fast, of each pair."""
+        if name not in us or other not in us:
+            return None
+        return paired_ratio(us[other], us[name])
+
+    result["best"] = found
+    result["contest"] = {
+        arm.name: {
+            "kind": arm.kind,
+            "kernel": arm.kernel,
+            "place": arm.place,
+            "version": arm.version,
+            "largest_error": arm.error,
+            "us": summarize(us[arm.name]),
+            "rate": _rate(result, median[arm.name]),
+            "host_us": arm.take_host_us(),
+            "over_best_packed": _without_samples(over(arm.name, found[PACKED])),
+            "over_best_paged": _without_samples(over(arm.name, found[PAGED])),
+        }
+        for arm in arms
+    }
+    auto = next((arm.name for arm in arms if arm.kernel == "auto"), None)
+    result["claims"] = [
+        {
+            "claim": what,
+            "shape": str(shape),
+            "ours": name,
+            "other": other,
+            "least": least,
+            "ratio": _without_samples(ratio),
+            "holds": None if ratio is None else ratio["median"] >= least,
+        }
+        for what, name, other, least in _claimed(context, shape, auto, found)
+        for ratio in (over(name, other),)
+    ]
+    _show(
+        context,
+        shape,
+        result,
+        "the fastest again",
+        ("over packed", "over paged"),
+        {
+            name: (
+                row["us"],
+                *(
+                    "" if ratio is None else f"{ratio['median']:.3f}"
+                    for ratio in (row["over_best_packed"], row["over_best_paged"])
+                ),
+            )
+            for name, row in result["contest"].items()
+        },
+    )
+    print(f"auto: {result['auto']}; " + "; ".join(f"best {of}: {n}" for of, n in found.items()))
+
+
+def _claimed(
+    context: Context, shape: _Shape, auto: str | None, best: Mapping[str, str | None]
+) -> list[tuple[str, str | None, str | None, float]]:
+    """What is claimed of a shape: the words, which arm, over which other, at least how much."""
+    ours, packed, paged = best[OURS], best[PACKED], best[PAGED]
+    if shape.phase == "decode":
+        return [
+            ("auto over the best kernel over packed tensors", auto, packed, DECODE_OF_PACKED),
+            ("the best of ours over the best paged", ours, paged, OF_PAGED),
+        ]
+    if context.cuda and shape.length != PREFILL_LENGTH:
+        return []
+    return [
+        ("the best of ours over FA3 paged 16", ours, "FA3, paged 16", PREFILL_OF_PAGED_16),
+        ("the best of ours over the best paged", ours, paged, OF_PAGED),
+        ("the best of ours over the best packed", ours, packed, PREFILL_OF_PACKED),
+    ]
+
+
+def _without_samples(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    if summary is None:
+        return None
+    return {name: value for name, value in summary.items() if name != "samples"}
+
+
+# ---- showing ----
+
+
+def _show(
+    context: Context,
+    shape: _Shape,
+    result: Mapping[str, Any],
+    which: str,
+    columns: tuple[str, ...],
+    rows: Mapping[str, tuple[Any, ...]],
+) -> None:
+    heading(
+        context,
+        f"attention: {shape} tokens, {which}; {show_bytes(result['bytes_of_a_layer'])} a layer",
+    )
+    unit = result["unit"]
+    digits = 0 if context.cuda else 2
+    floor = (
+        "floor",
+        show_us(result["floor_us"]),
+        "",
+        f"{result['floor_rate']:,.{digits}f}",
+        *("" for _ in columns),
+    )
+    print_table(
+        ("", "median", "p10 - p90", unit, *columns),
+        [
+            floor,
+            *(
+                (
+                    name,
+                    show_us(us["median"]),
+                    show_spread(us),
+                    f"{_rate(result, us['median']):,.{digits}f}",
+                    *rest,
+                )
+                for name, (us, *rest) in sorted(rows.items(), key=lambda row: row[1][0]["median"])
+            ),
+        ],
+    )
+
+
+def _show_claims(context: Context, claims: list[dict[str, Any]]) -> None:
+    heading(context, "attention: claims")
+    verdicts = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
+    for claim in claims:
+        text = f"claim, {claim['claim']}"
+        if "least" in claim:
+            ratio = claim["ratio"]
+            shown = "" if ratio is None else f" {ratio['median']:.3f}"
+            text = (
+                f"claim, {claim['shape']}: {claim['claim']}, at least {claim['least']:g}:{shown} "
+                f"({claim['ours']} / {claim['other']})"
+            )
+        print(f"{text}: {verdicts[claim['holds']]}", flush=True)
