@@ -825,6 +825,23 @@ def test_allocate_adopts_the_freed_slot_that_fits_best(device: str) -> None:
         assert kv.stats().adoptions == 4
 
 
+def test_what_a_sequence_may_become_decides_which_slot_it_adopts(device: str) -> None:
+    with make(device, ONE, max_sequences=3) as kv:
+        u = unit(kv)
+        long, short = kv.allocate(6 * u), kv.allocate(u)
+        slots = long.slot, short.slot
+        long.free()
+        short.free()
+        settle(device)
+        assert kv.allocate(1, expected_tokens=6 * u).slot == slots[0]
+        assert kv.allocate(1).slot == slots[1]
+        with pytest.raises(va.SequenceTooLong):
+            kv.allocate(1, expected_tokens=kv.max_seq_len + 1)
+        with pytest.raises(va.ConfigError, match="expected_tokens"):
+            kv.allocate(1, expected_tokens=-1)
+        assert kv.stats().live_sequences == 2
+
+
 def test_adoption_without_zeroing_makes_no_backend_call() -> None:
     backend = make_backend("cpu")
     with make("cpu", backend=backend, zero=False) as kv:

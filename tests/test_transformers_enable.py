@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import weakref
@@ -443,6 +444,17 @@ def test_right_padding_equals_before_where_tokens_are(device):
         torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
+def test_after_padding_on_the_right_the_next_token_is_that_of_the_last_real_one(device):
+    model = build("llama", device)
+    inputs = prompts([12, 12], device)
+    inputs["attention_mask"][1, 5:] = 0
+    shorter = {name: tensor[1:, :5] for name, tensor in inputs.items()}
+    with enabled(model):
+        # Of more than one, transformers gets the positions wrong.
+        padded = generate(model, inputs, max_new_tokens=1).tolist()
+        assert padded[1][12:] == generate(model, shorter, max_new_tokens=1).tolist()[0][5:]
+
+
 def test_rows_of_padding_alone_begin_with_what_comes_next():
     model = build("llama", "cpu")
     inputs = prompts([12, 0], "cpu")
@@ -734,6 +746,44 @@ def test_sequences_end_with_generate_and_the_next_adopts_them(device):
         assert generate(model, prompts([30, 30], device)).tolist() == first
         assert kv.stats().adoptions == 2
         assert engine.pool.stats().creates == creates
+
+
+def test_short_prompts_with_long_answers_do_not_take_more_every_time(device):
+    model = build("llama", device)
+    with enabled(model, pool=exact_pool(device)) as engine:
+        held = []
+        for _ in range(4):
+            generate(model, prompts([3], device), max_new_tokens=120)
+            held.append(engine.pool.stats().held_bytes)
+        assert held == held[:1] * 4
+        assert engine.groups[0].kv.stats().adoptions == 3
+
+
+def replace_weights(model: Any, other: Any) -> None:
+    """By other tensors, and not what the tensors hold."""
+    for own, new in zip(model.parameters(), other.parameters(), strict=True):
+        own.data = new.data.clone()
+
+
+def test_weights_that_are_replaced_are_the_ones_that_count(device):
+    model, other = make_model("qwen2", device), build("qwen2", device)
+    replace_weights(model, make_model("qwen2", device, seed=1))
+    inputs = prompts([9, 4], device)
+    wanted = generate(model, inputs).tolist()
+    assert wanted != generate(other, inputs).tolist()
+    replace_weights(model, other)
+    with enabled(model):
+        generate(model, inputs)  # with the others: graphs and merged matrices hold them
+        replace_weights(model, make_model("qwen2", device, seed=1))
+        assert generate(model, inputs).tolist() == wanted
+    assert generate(model, inputs).tolist() == wanted
+
+
+def test_an_enabled_model_is_not_copied():
+    model = make_model("llama")
+    with enabled(model), pytest.raises(va.ConfigError, match="disable"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
 
 
 def test_release_returns_memory_and_keeps_addresses(device):

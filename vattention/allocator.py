@@ -181,16 +181,24 @@ class KVAllocator:
             max_seq_len=self.max_seq_len,
         )
 
-    def allocate(self, num_tokens: int = 0) -> Sequence:
+    def allocate(self, num_tokens: int = 0, *, expected_tokens: int = 0) -> Sequence:
         """Begins a sequence, mapped for `num_tokens` tokens, in the freed slot that fits best.
+
+        Args:
+            num_tokens: its length to begin with.
+            expected_tokens: how long it may get. Nothing is mapped for it; it decides which freed
+                slot fits best, so that short prompts with long answers find the memory of others.
 
         Raises:
             OutOfSlots: every slot has a live sequence.
             OutOfPages: the budget does not hold it; nothing has changed.
-            SequenceTooLong: `num_tokens` is more than `max_seq_len`.
+            SequenceTooLong: `num_tokens` or `expected_tokens` is more than `max_seq_len`.
             BackendError: the driver refused; nothing has changed.
         """
-        return self.allocate_batch(1, num_tokens)[0]
+        tokens = check_int(num_tokens, name="num_tokens", minimum=0)
+        expected = check_int(expected_tokens, name="expected_tokens", minimum=0)
+        ((slot, generation),) = self._open().allocate(1, tokens, self._stream(), expected)
+        return Sequence(self, slot, generation)
 
     def allocate_batch(self, num_sequences: int, num_tokens: int = 0) -> list[Sequence]:
         """Begins several sequences in consecutive slots, so that a batch is one slice.

@@ -293,10 +293,11 @@ void Allocator::throw_out_of_slots(std::size_t wanted) {
 }
 
 std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int64_t tokens,
-                                            Stream stream) {
+                                            Stream stream, std::int64_t expected_tokens) {
   Lock lock = pool_->lock();
   require_open();
   require_length(tokens);
+  require_length(expected_tokens);
   if (num_sequences == 0) throw ConfigError("allocate needs one sequence at least");
   if (num_sequences > config_.max_sequences) {
     throw OutOfSlots(std::to_string(num_sequences) + " sequences do not fit into " +
@@ -310,7 +311,7 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
   std::int64_t first = -1;
   for (;;) {
     require_open();  // the lock may have been dropped
-    first = count == 1 ? pick_slot(tokens) : pick_slots(count);
+    first = count == 1 ? pick_slot(std::max(tokens, expected_tokens)) : pick_slots(count);
     if (first >= 0) {
       if (!vacate_holed(lock, static_cast<std::uint32_t>(first), count)) break;
     } else if (std::any_of(slots_.begin(), slots_.end(), being_emptied)) {

@@ -93,10 +93,11 @@ class Allocator {
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
 
-  // `count` sequences of that many tokens; their slots are consecutive and ascending.
+  // `count` sequences of that many tokens; their slots are consecutive and ascending. How many
+  // tokens a single one is expected to get decides, if it is more, which slot's memory fits best.
   // Throws OutOfSlots, OutOfPages, SequenceTooLong, BackendFailure.
   [[nodiscard]] std::vector<SequenceId> allocate(std::size_t count, std::int64_t tokens,
-                                                 Stream stream);
+                                                 Stream stream, std::int64_t expected_tokens = 0);
 
   // lengths[slot] is the slot's length after the step; 0 leaves the slot alone.
   // The whole step, if nothing is to be mapped and nothing is wrong; else false and no change.

@@ -153,14 +153,17 @@ void bind_allocator(py::module_& module) {
           py::arg("fence_timeout_ms"))
       .def(
           "allocate",
-          [](Allocator& allocator, std::size_t count, std::int64_t tokens, Stream stream) {
+          [](Allocator& allocator, std::size_t count, std::int64_t tokens, Stream stream,
+             std::int64_t expected_tokens) {
             PyIds ids;
-            for (const SequenceId& id : allocator.allocate(count, tokens, stream)) {
+            for (const SequenceId& id :
+                 allocator.allocate(count, tokens, stream, expected_tokens)) {
               ids.emplace_back(id.slot, id.generation);
             }
             return ids;
           },
-          py::arg("count"), py::arg("tokens"), py::arg("stream"), WithoutGil())
+          py::arg("count"), py::arg("tokens"), py::arg("stream"), py::arg("expected_tokens") = 0,
+          WithoutGil())
       .def(
           "try_step_lengths",
           [](Allocator& allocator, const py::object& lengths) {

@@ -11,12 +11,14 @@ stamp `_stamp`, as long as they were when that cache's last step ended.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vattention.attention import Batch
 from vattention.integrations.transformers.fuse import compiled
+from vattention.integrations.transformers.matvec import one_row_products
 from vattention.integrations.transformers.ragged import RaggedCache
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ class Decoder:
         current = torch.cuda.current_stream(engine.device)
         side = engine.capture_stream
         side.wait_stream(current)
-        with torch.cuda.stream(side), compiled(engine.compiled):
+        one_row = one_row_products(engine.linears) if self.rows == 1 else nullcontext()
+        with torch.cuda.stream(side), one_row, compiled(engine.compiled):
             for _ in range(_WARMUPS):
                 self._run(engine)
             graph = torch.cuda.CUDAGraph()

@@ -25,7 +25,9 @@ from vattention.integrations.transformers import operator
 from vattention.integrations.transformers.decode import Decoder
 from vattention.integrations.transformers.fuse import (
     compilable,
+    forget_merged,
     merge_linears,
+    plain_linears,
     unmerge_linears,
 )
 from vattention.integrations.transformers.inspection import (
@@ -125,7 +127,10 @@ class Engine:
         self._attentions: list[Attention] = []
         self._make_groups(specs, backend)
         self.compiled = compilable(model) if compile else []
+        self._merge = merge
         self._merged = merge_linears(model) if merge else []
+        self.linears = plain_linears(model)
+        self._weights = _addresses(model)
         for layer, spec in enumerate(specs):
             setattr(spec.module, operator.HANDLE, operator.handle(self._number, layer))
         self._modules = [spec.module for spec in specs]
@@ -260,6 +265,7 @@ class Engine:
             raise ConfigError("an enabled model generates: call it under torch.no_grad()")
 
     def _prefill(self, cache: RaggedCache, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        self._look_at_weights()
         rows, width = tokens.shape
         real, counts = self._real_tokens(cache, tokens, kwargs.get("attention_mask"))
         before = list(cache.lengths)
@@ -319,6 +325,16 @@ class Engine:
             output.logits = spread.view(rows, kept, -1)
         output.past_key_values = cache
         return output
+
+    def _look_at_weights(self) -> None:
+        """Where somebody gave the model other tensors for weights, what held the old ones goes."""
+        if _addresses(self._model) == self._weights:
+            return
+        self._decoders.clear()
+        forget_merged(self._merged)
+        self._merged = merge_linears(self._model) if self._merge else []
+        self.linears = plain_linears(self._model)
+        self._weights = _addresses(self._model)
 
     def _real_tokens(
         self, cache: RaggedCache, tokens: torch.Tensor, mask: torch.Tensor | None
@@ -432,7 +448,7 @@ class Engine:
             and max_cache_length <= self.max_seq_len
         )
         if ours:
-            model_kwargs["past_key_values"] = RaggedCache(self)
+            model_kwargs["past_key_values"] = RaggedCache(self, max_cache_length)
             return None
         return self._prepare_cache(
             generation_config,
@@ -443,6 +459,10 @@ class Engine:
             *args,
             **kwargs,
         )
+
+    def __deepcopy__(self, _: Any) -> Engine:
+        """Not made: a copy of the model would share its slots."""
+        raise ConfigError("an enabled model cannot be copied: disable(model) first")
 
     def uninstall(self) -> None:
         """Leaves the model as it was; caches that it made are of no use any more."""
@@ -460,6 +480,10 @@ class Engine:
             group.kv.close()
         if self.device.type == "cuda":
             del self.graph_pool
+
+
+def _addresses(model: torch.nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:
@@ -495,6 +519,10 @@ def _logits_wanted(
         return places.reshape(-1), None
     # Numbers of the tokens among those that are no padding.
     numbers = real.reshape(-1).long().cumsum(0).view(rows, width) - 1
+    if isinstance(keep, int) and keep == 1:
+        # Whichever side the padding is on, what is meant is the row's last token.
+        where = real.any(1).nonzero()[:, 0]
+        return numbers[where, -1], (1, where)
     columns = columns.to(real.device)
     chosen = real[:, columns].reshape(-1)
     where = chosen.nonzero()[:, 0]

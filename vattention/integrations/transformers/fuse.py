@@ -4,8 +4,6 @@
   them computes all, and the others return their part. No memory is added.
 - Decoder layers are compiled while a graph is captured, one compiled code for all of them: what
   surrounds the matrix products (norms, rotary embeddings, activations) becomes a few kernels.
-  (Inductor's own products of a matrix and a vector were tried for batches of one: tuned, and with
-  the norms in them, they took 9% longer than the library's, Llama-3-8B's shape on an H200.)
 """
 
 from __future__ import annotations
@@ -16,7 +14,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["compilable", "compiled", "merge_linears", "unmerge_linears"]
+from vattention.integrations.transformers.matvec import product
+
+__all__ = [
+    "compilable",
+    "compiled",
+    "forget_merged",
+    "merge_linears",
+    "plain_linears",
+    "unmerge_linears",
+]
 
 # By the names that transformers gives them, in the order in which they are called.
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -47,7 +54,7 @@ class _Merged:
             linear = self.linears[number]
             return torch.nn.functional.linear(x, linear.weight, linear.bias)
         if number == 0:
-            y = torch.nn.functional.linear(x, self.weight, self.bias)
+            y = product(x, self.weight, self.bias)
             self.input, self.parts = x, y.split(self.sizes, dim=-1)
         elif x is not self.input:
             linear = self.linears[number]
@@ -92,6 +99,22 @@ def unmerge_linears(all_merged: Iterable[_Merged]) -> None:
             if linear.bias is not None:
                 linear.bias.data = linear.bias.data.clone()
         del merged.weight, merged.bias  # one at a time: there may be no room for all
+
+
+def forget_merged(all_merged: Iterable[_Merged]) -> None:
+    """Gives linears their own code back, and leaves the weights that they have now."""
+    for merged in all_merged:
+        for linear in merged.linears:
+            del linear.forward
+
+
+def plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Linears whose code may be replaced, those that were merged left out."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and _is_plain(module)
+    ]
 
 
 def _is_plain(linear: Any) -> bool:

@@ -40,13 +40,19 @@ _MIN_TRIM_TOKENS = 256
 
 
 class RaggedCache(Cache):
-    """Made by an enabled model's `generate()`; may be passed to another one to continue a chat."""
+    """Made by an enabled model's `generate()`; may be passed to another one to continue a chat.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: of the model.
+        expected_tokens: how long the longest row may get; finds rows memory that fits.
+    """
+
+    def __init__(self, engine: Engine, expected_tokens: int = 0) -> None:
         super().__init__(layers=[])
         self.engine = engine
         self.lengths: list[int] = []
         self.seen = 0
+        self._expected_tokens = expected_tokens
         self.stamp = next(_stamps)
         self._rows: list[list[Sequence]] = [[] for _ in engine.groups]
         self._released: list[int] = [0] * len(engine.groups)
@@ -154,10 +160,12 @@ class RaggedCache(Cache):
         groups = self.engine.groups
         if not self.lengths:
             made: list[list[Sequence]] = [[] for _ in groups]
+            growth = max(0, self._expected_tokens - max(counts))
             try:
                 for group, rows in zip(groups, made, strict=True):
                     for count in counts:
-                        rows.append(group.kv.allocate(count))
+                        expected = min(count + growth, self.engine.max_seq_len)
+                        rows.append(group.kv.allocate(count, expected_tokens=expected))
             except BaseException:
                 _free_rows(made)
                 raise
