@@ -63,6 +63,11 @@ def main() -> int:
         help=f"attention on a GPU: write its times into {measured.PATH.name}, by which backends "
         "are chosen",
     )
+    parser.add_argument(
+        "--no-compiled",
+        action="store_true",
+        help="generate: leave out the model that is compiled as a whole, which takes minutes",
+    )
     parser.add_argument("--commit", help="the commit measured, for a copy that has no .git")
     args = parser.parse_args()
     if (args.benchmark == "save-measured") is not (args.report is not None):
@@ -83,8 +88,17 @@ def main() -> int:
     for name in names:
         # Rebuilt, so that no path of this machine gets into the file.
         command = f"python -m bench {name} --device {kind}"
-        command += (" --quick" if args.quick else "") + (" --save" if args.save else "")
-        context = Context(name, torch.device(device), args.quick, command, args.commit, args.save)
+        for option in ("quick", "save", "no_compiled"):
+            command += f" --{option.replace('_', '-')}" if getattr(args, option) else ""
+        context = Context(
+            name,
+            torch.device(device),
+            args.quick,
+            command,
+            args.commit,
+            args.save,
+            not args.no_compiled,
+        )
         started = time.perf_counter()
         try:
             measurements = BENCHMARKS[name](context)

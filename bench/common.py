@@ -42,6 +42,7 @@ class Context:
     command: str
     commit: str | None
     save: bool = False  # what was measured is what `auto` chooses by from now on
+    compiled: bool = True  # also what takes a minute to compile
 
     @property
     def cuda(self) -> bool:

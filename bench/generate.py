@@ -167,7 +167,8 @@ def _variants(context: Context, batch: int, length: int) -> dict[str, dict[str, 
     found["dynamic"] = {"generate": {}}
     static = {"cache_implementation": "static"}
     found["static"] = {"generate": static | {"disable_compile": True}}
-    if context.cuda and not context.quick and (batch, length) in CLAIM_SHAPES:
+    wanted = context.compiled and not context.quick
+    if context.cuda and wanted and (batch, length) in CLAIM_SHAPES:
         found["static, compiled"] = {"generate": static}
     return found
 
