@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +16,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+
 import vattention as va  # noqa: E402
 from vattention.integrations.transformers import (  # noqa: E402
     VAttentionCache,
     disable,
     enable,
     fuse,
+    new_cache,
     operator,
     release,
 )
@@ -97,9 +101,12 @@ def device(request):
     return request.param
 
 
-def make_model(name: str, device: str = "cpu", attention: str | None = None, seed: int = 0) -> Any:
+def make_model(
+    name: str, device: str = "cpu", attention: str | None = None, seed: int = 0, **changes: Any
+) -> Any:
     torch.manual_seed(seed)
     config = CONFIGS[name]()
+    config.update(changes)
     config._attn_implementation = attention or ("eager" if name in EAGER else "sdpa")
     model = transformers.AutoModelForCausalLM.from_config(config)
     return model.to(device, torch.float32).eval()
@@ -1548,6 +1555,299 @@ def test_operator_is_what_compilers_are_told(device, v_dim):
             torch.library.opcheck(torch.ops.vattention.append_and_attend.default, args)
     finally:
         operator.set_step(number, None)
+
+
+# The whole model compiled by the caller
+
+
+@pytest.fixture
+def compiler():
+    """What compiles without breaks, and counts graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def loop(call: Any, cache: Any, inputs: dict[str, Any], steps: int) -> Iterator[list[list[int]]]:
+    """Prompt and tokens so far, after each call of a loop written by hand."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    token = ids
+    for _ in range(steps):
+        masked = {} if mask is None else {"attention_mask": mask}
+        output = call(input_ids=token, past_key_values=cache, use_cache=True, **masked)
+        assert output.past_key_values is cache
+        token = output.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, token], dim=1)
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        yield ids.tolist()
+
+
+def last(tokens: Iterator[list[list[int]]]) -> list[list[int]]:
+    return list(tokens)[-1]
+
+
+def small(seed: int = 0) -> Any:
+    """A model of one layer, which is compiled in less time."""
+    return make_model("llama", seed=seed, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(("name", "masked"), [("llama", True), ("gemma2", False)])
+def test_compiled_model_has_a_graph_for_prompts_and_one_for_steps(name, masked, compiler):
+    model = build(name, "cpu")
+    lengths = [20, 7, 1] if masked else [20, 20]
+    inputs = prompts(lengths, "cpu")
+    before = generate(model, inputs, max_new_tokens=90).tolist()
+    if not masked:
+        del inputs["attention_mask"]
+    with enabled(model, pool=exact_pool("cpu")) as engine:
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        cache, mapped = new_cache(model), []
+        for tokens in loop(call, cache, inputs, 90):  # noqa: B007
+            mapped.append(mapped_bytes(engine))
+            used = sum(cache.lengths) * token_bytes(engine)
+            assert used <= mapped[-1] <= used + len(lengths) * 4 * PAGE_BYTES
+        assert tokens == before
+        assert cache.lengths == [length + 89 for length in lengths]
+        assert mapped == sorted(mapped) and len(set(mapped)) > 3
+        # By turns with the engine's own steps, on another cache.
+        calls = itertools.cycle([call, model])
+        turns = loop(lambda **inputs: next(calls)(**inputs), new_cache(model), inputs, 90)
+        assert last(turns) == before
+    assert compiler.frame_count == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_prompts_of_all_lengths_are_one_graph_more(compiler):
+    model = small()
+    with enabled(model):
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        for width in (20, 9, 30, 14):
+            ids = prompts([width] * 2, "cpu")["input_ids"]
+            before = generate(model, {"input_ids": ids}, max_new_tokens=1)
+            assert last(loop(call, new_cache(model), {"input_ids": ids}, 1)) == before.tolist()
+    assert compiler.frame_count == 2
+
+
+@pytest.mark.parametrize("how", ["in place", "forward"])
+def test_model_may_be_compiled_in_place_and_by_its_forward(how, compiler):
+    model = small()
+    inputs = prompts([20, 5], "cpu")
+    before = generate(model, inputs, max_new_tokens=6).tolist()
+    with enabled(model):
+        call = model
+        if how == "in place":
+            model.compile(backend=compiler, fullgraph=True)
+        else:
+            call = torch.compile(model.forward, backend=compiler, fullgraph=True)
+            assert last(loop(call, new_cache(model), inputs, 6)) == before
+        assert generate(model, inputs, max_new_tokens=6).tolist() == before
+    assert compiler.frame_count >= 2
+
+
+def test_models_with_breaks_of_their_own_compile_in_parts(compiler):
+    model = make_model("dynamic", num_hidden_layers=1)
+    inputs = prompts([20, 5], "cpu")
+    before = generate(model, inputs, max_new_tokens=2).tolist()
+    with enabled(model):
+        calls = iter([model, torch.compile(model, backend=compiler)])
+        tokens = loop(lambda **inputs: next(calls)(**inputs), new_cache(model), inputs, 2)
+        assert last(tokens) == before
+    assert compiler.frame_count > 1
+
+
+def test_calls_without_its_cache_compile_as_before(compiler):
+    model = small()
+    ids = prompts([20, 20], "cpu")["input_ids"]
+    expected = model(input_ids=ids, labels=ids)
+    expected.loss.backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    with enabled(model) as engine:
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        output = call(input_ids=ids, labels=ids)
+        output.loss.backward()
+        torch.testing.assert_close(output.logits, expected.logits)
+        torch.testing.assert_close(model.lm_head.weight.grad, gradient)
+        assert engine.pool.stats().creates == 0
+    assert compiler.frame_count == 1
+
+
+def test_compiled_steps_are_taken_in_order_though_nobody_reads_them():
+    torch._dynamo.reset()
+    model = small()
+    ids = prompts([20, 20], "cpu")["input_ids"]
+    before = generate(model, {"input_ids": ids}, max_new_tokens=1)[:, 20:]
+
+    @torch.no_grad()
+    def run(*caches: Any) -> list[Any]:
+        for cache in caches:
+            model(input_ids=ids[:, :12], past_key_values=cache)
+        outputs = [model(input_ids=ids[:, 12:], past_key_values=cache) for cache in caches]
+        return [output.logits[:, -1:].argmax(-1) for output in outputs]
+
+    with enabled(model):
+        caches = new_cache(model), new_cache(model)
+        # This backend removes what is of no effect.
+        for tokens in torch.compile(run, backend="aot_eager", fullgraph=True)(*caches):
+            assert torch.equal(tokens, before)
+        assert [cache.lengths for cache in caches] == [[20, 20]] * 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"max_seq_len": 40}, va.SequenceTooLong), ({"pages": 8}, va.OutOfPages)],
+)
+def test_compiled_call_that_fails_leaves_the_cache_as_it_was(options, error, compiler):
+    model = small()
+    inputs = {"input_ids": prompts([20, 20], "cpu")["input_ids"]}
+    before = generate(model, inputs, max_new_tokens=60)
+    if "pages" in options:
+        options = {"pool": exact_pool("cpu", **options)}
+    with enabled(model, **options) as engine, torch.no_grad():
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        cache = new_cache(model)
+        with pytest.raises(error):
+            last(loop(call, cache, inputs, 60))
+        length, mapped = cache.seen, mapped_bytes(engine)
+        assert cache.lengths == [length] * 2 and length > 30
+        token = before[:, length : length + 1].clone()
+        for each in (call, model):
+            with pytest.raises(error):
+                each(input_ids=token, past_key_values=cache, use_cache=True)
+            assert cache.lengths == [length] * 2 and mapped_bytes(engine) == mapped
+        cache.crop(-3)
+        token = before[:, length - 3 : length - 2].clone()
+        output = call(input_ids=token, past_key_values=cache, use_cache=True)
+        assert torch.equal(output.logits.argmax(-1), before[:, length - 2 : length - 1])
+
+
+def test_compiled_step_that_was_cut_off_is_taken_back(compiler, monkeypatch):
+    model = small()
+    ids = prompts([20, 20], "cpu")["input_ids"]
+    before = generate(model, {"input_ids": ids}, max_new_tokens=5)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with enabled(model) as engine, torch.no_grad():
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        for held, then in itertools.product((0, 10), (call, model)):
+            cache = new_cache(model)
+            if held:
+                model(input_ids=ids[:, :held], past_key_values=cache)
+            inputs = {"input_ids": ids[:, held : held + 10].clone()}
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr(engine, "attend", fail)
+                call(**inputs, past_key_values=cache, use_cache=True)
+            assert cache.lengths == [held] * 2 * bool(held)
+            tokens = last(loop(then, cache, inputs, 5))
+            assert cache.lengths == [held + 14] * 2
+            if held:
+                assert tokens == before[:, held:].tolist()
+
+
+def test_compiled_calls_that_are_not_served_say_why(compiler):
+    model = small()
+    with pytest.raises(va.ConfigError, match="not enabled"):
+        new_cache(model)
+    ids = prompts([20, 20], "cpu")["input_ids"]
+    with enabled(model):
+        cache = new_cache(model)
+        for fullgraph, error in ((True, torch._dynamo.exc.Unsupported), (False, va.ConfigError)):
+            call = torch.compile(model, backend=compiler, fullgraph=fullgraph)
+            with pytest.raises(error, match=r"torch\.no_grad"):
+                call(input_ids=ids, past_key_values=cache)
+            with torch.no_grad(), pytest.raises(error, match="output_attentions"):
+                call(input_ids=ids, past_key_values=cache, output_attentions=True)
+        with torch.no_grad(), pytest.raises(va.ConfigError, match="attention_mask must be"):
+            call(input_ids=ids, past_key_values=cache, attention_mask=ids[:, 1:])
+        assert cache.lengths == []
+
+
+def test_weights_replaced_since_it_was_compiled_are_noticed(compiler):
+    model, other = small(), small(seed=1)
+    inputs = {"input_ids": prompts([20, 20], "cpu")["input_ids"]}
+    expected = generate(other, inputs, max_new_tokens=1).tolist()
+    with enabled(model):
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        assert last(loop(call, new_cache(model), inputs, 1)) != expected
+        for own, new in zip(model.parameters(), other.parameters(), strict=True):
+            own.data = new.data.clone()
+        cache = new_cache(model)
+        with pytest.raises(va.ConfigError, match="call it again"):
+            last(loop(call, cache, inputs, 1))
+        assert last(loop(call, cache, inputs, 1)) == expected
+
+
+def test_rows_of_caches_that_compilers_noted_are_free_when_they_are_needed(compiler):
+    model = small()
+    inputs = {"input_ids": prompts([20, 20], "cpu")["input_ids"]}
+    gc.disable()
+    try:
+        with enabled(model, max_batch_size=2):
+            call = torch.compile(model, backend=compiler, fullgraph=True)
+            for _ in range(3):
+                last(loop(call, new_cache(model), inputs, 1))
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_compiled_prompts_may_have_padding_anywhere(name, compiler):
+    model = make_model(name, num_hidden_layers=1)
+    inputs = prompts([12] * 4, "cpu")
+    mask = inputs["attention_mask"]
+    mask[0, 5:] = mask[1, :3] = mask[2, 4:6] = mask[2, 10:] = 0
+    real = mask.bool()
+    with enabled(model):
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        for inputs["position_ids"] in (None, torch.arange(12)[None] + 3):
+            expected = model(**inputs, past_key_values=new_cache(model)).logits
+            last_expected = model(**inputs, past_key_values=new_cache(model), logits_to_keep=1)
+            cache = new_cache(model)
+            logits = call(**inputs, past_key_values=cache).logits
+            torch.testing.assert_close(logits[real], expected[real])
+            torch.testing.assert_close(logits[:, -1:], last_expected.logits)
+            assert cache.lengths == [5, 9, 8, 12]
+        # All of it is padding: then the rows begin with what comes next.
+        cache = new_cache(model)
+        call(**inputs | {"attention_mask": mask * 0}, past_key_values=cache)
+        assert cache.lengths == [0] * 4
+        logits = model(**inputs | {"attention_mask": None}, past_key_values=cache).logits
+        assert cache.lengths == [12] * 4
+        torch.testing.assert_close(logits[3], expected[3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [True, False])
+def test_operator_that_begins_is_what_compilers_are_told(masked):
+    model = small()
+    with enabled(model) as engine:
+        cache, inputs = new_cache(model), prompts([4, 2] if masked else [4, 4], "cpu")
+        mask = inputs["attention_mask"] if masked else None
+        positions = torch.arange(4)[None] if masked else None
+        args = (inputs["input_ids"], positions, mask, cache.handle, engine.order)
+        torch.library.opcheck(torch.ops.vattention.begin.default, args)
+        assert cache.lengths == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_model_on_a_gpu_equals_before(mode):
+    torch._dynamo.reset()
+    model = build("llama", "cuda")
+    inputs = prompts([20, 5], "cuda")
+    before = generate(model, inputs, max_new_tokens=30).tolist()
+    with enabled(model):
+        call = torch.compile(model, fullgraph=True, mode=mode)
+        for _ in range(2):
+            assert last(loop(call, new_cache(model), inputs, 30)) == before
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

@@ -8,6 +8,14 @@ model.generate(**inputs, past_key_values=cache)  # our cache alone; all else as 
 """
 
 from vattention.integrations.transformers.cache import CacheStats, VAttentionCache, VAttentionLayer
-from vattention.integrations.transformers.enable import disable, enable, release
+from vattention.integrations.transformers.enable import disable, enable, new_cache, release
 
-__all__ = ["CacheStats", "VAttentionCache", "VAttentionLayer", "disable", "enable", "release"]
+__all__ = [
+    "CacheStats",
+    "VAttentionCache",
+    "VAttentionLayer",
+    "disable",
+    "enable",
+    "new_cache",
+    "release",
+]

@@ -9,8 +9,9 @@ from vattention.config import check_bool, check_int
 from vattention.errors import ConfigError
 from vattention.integrations.transformers.engine import Engine
 from vattention.integrations.transformers.inspection import inspect_model
+from vattention.integrations.transformers.ragged import RaggedCache
 
-__all__ = ["disable", "enable", "release"]
+__all__ = ["disable", "enable", "new_cache", "release"]
 
 
 def enable(
@@ -100,6 +101,31 @@ def disable(model: Any) -> Any:
     engine.uninstall()
     engine.release()
     return model
+
+
+def new_cache(model: Any, *, expected_tokens: int = 0) -> RaggedCache:
+    """An empty cache for a loop of one's own: `model(input_ids, past_key_values=cache)`.
+
+    The first call gives it as many rows as it has. K and V lie in memory that is mapped as they
+    come, and that goes back to the pool when the cache is collected, or `cache.reset()`. Call the
+    model under `torch.no_grad()`.
+
+    The model may be compiled, all of it: `torch.compile(model, fullgraph=True)`. There is one
+    graph for prompts of a shape and one for decode steps, however the cache grows. With an
+    `attention_mask`, padding is computed there, but neither stored nor seen; its logits mean
+    nothing. A call that cannot be served is told as compilers do with `fullgraph=True`, and raises
+    its `ConfigError` without. `generate()` needs no compiling: its own decode steps are faster.
+
+    Args:
+        model: an enabled one.
+        expected_tokens: how long the longest row may get; nothing is mapped for it, it finds rows
+            memory that fits.
+
+    Raises:
+        ConfigError: the model is not enabled, or expected_tokens is out of range.
+    """
+    expected = check_int(expected_tokens, name="expected_tokens", minimum=0)
+    return RaggedCache(_engine(model), expected)
 
 
 def release(model: Any) -> int:

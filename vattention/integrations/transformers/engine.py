@@ -20,8 +20,8 @@ import torch
 from vattention import KVAllocator, KVLayout, Pool
 from vattention.attention import BACKENDS, Attention, Batch, Options, append
 from vattention.attention.choice import backend_class
-from vattention.errors import ConfigError, SequenceTooLong
-from vattention.integrations.transformers import operator
+from vattention.errors import ConfigError, OutOfPages, OutOfSlots, SequenceTooLong
+from vattention.integrations.transformers import operator, traced
 from vattention.integrations.transformers.decode import Decoder
 from vattention.integrations.transformers.fuse import (
     compilable,
@@ -114,7 +114,7 @@ class Engine:
         self.graphs = graphs and not reads_positions(model)
         self.is_running = False
         self._model = model
-        self._number = operator.register(self)
+        self.number = operator.register(self)
         self._configs = attention_configs(model)
         self._original = model.forward
         self._prepare_cache = model._prepare_cache_for_generation
@@ -126,13 +126,15 @@ class Engine:
         self.places: list[tuple[int, int]] = []
         self._attentions: list[Attention] = []
         self._make_groups(specs, backend)
+        self.order = operator.handle(self.number, 0)
+        self.stand_in = RaggedCache(self)  # has no rows
         self.compiled = compilable(model) if compile else []
         self._merge = merge
         self._merged = merge_linears(model) if merge else []
         self.linears = plain_linears(model)
         self._weights = _addresses(model)
         for layer, spec in enumerate(specs):
-            setattr(spec.module, operator.HANDLE, operator.handle(self._number, layer))
+            setattr(spec.module, operator.HANDLE, operator.handle(self.number, layer))
         self._modules = [spec.module for spec in specs]
         self._decoders: dict[tuple[int, int], Decoder] = {}
         if self.device.type == "cuda":
@@ -216,14 +218,20 @@ class Engine:
 
     def run_model(self, step: operator.Step, **inputs: Any) -> Any:
         """The model's own forward, with the attention of a step."""
-        operator.set_step(self._number, step)
+        operator.set_step(self.number, step)
+        try:
+            return self.call_model(**inputs)
+        finally:
+            operator.set_step(self.number, None)
+
+    def call_model(self, **inputs: Any) -> Any:
+        """The model's own forward, with the attention of the step that was set."""
         self.is_running = True
         try:
             with implementation(self._configs, operator.IMPLEMENTATION):
                 return self._original(**inputs, use_cache=True, return_dict=True)
         finally:
             self.is_running = False
-            operator.set_step(self._number, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's `forward` is while it is enabled."""
@@ -234,16 +242,17 @@ class Engine:
         if not isinstance(cache, RaggedCache):
             return self._original(*args, **kwargs)
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
-        self._check_call(cache, kwargs)
-        tokens = kwargs["input_ids"]
-        # A row that has only had padding so far may get more of it, as the mask says.
-        decode = tokens.shape[1] == 1 and bool(cache.lengths) and min(cache.lengths) > 0
-        output = (self._decode if decode else self._prefill)(cache, tokens, kwargs)
+        self._check_call(kwargs)
+        if torch.compiler.is_compiling():
+            output = traced.forward(self, cache, kwargs)
+        else:
+            tokens = kwargs["input_ids"]
+            self.check_cache(cache, tokens.shape[0])
+            decode = cache.is_decode(tokens.shape[1])
+            output = (self._decode if decode else self._prefill)(cache, tokens, kwargs)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
-    def _check_call(self, cache: RaggedCache, kwargs: dict[str, Any]) -> None:
-        if cache.engine is not self:
-            raise ConfigError("this cache belongs to another model, or to one that was disabled")
+    def _check_call(self, kwargs: dict[str, Any]) -> None:
         others = [
             name
             for name, value in kwargs.items()
@@ -257,46 +266,27 @@ class Engine:
         tokens = kwargs.get("input_ids")
         if tokens is None or tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ConfigError("an enabled model needs input_ids [batch, tokens] with its cache")
-        if cache.lengths and len(cache.lengths) != tokens.shape[0]:
-            raise ConfigError(
-                f"the cache has {len(cache.lengths)} rows, input_ids {tokens.shape[0]}"
-            )
         if torch.is_grad_enabled():
             raise ConfigError("an enabled model generates: call it under torch.no_grad()")
 
+    def check_cache(self, cache: RaggedCache, rows: int) -> None:
+        """Raises a `ConfigError` unless it can be a cache of so many rows of this engine."""
+        if cache.engine is not self:
+            raise ConfigError("this cache belongs to another model, or to one that was disabled")
+        if cache.lengths and len(cache.lengths) != rows:
+            raise ConfigError(f"the cache has {len(cache.lengths)} rows, input_ids {rows}")
+        cache.settle()
+
     def _prefill(self, cache: RaggedCache, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-        self._look_at_weights()
+        self.look_at_weights()
         rows, width = tokens.shape
-        real, counts = self._real_tokens(cache, tokens, kwargs.get("attention_mask"))
+        real, counts = self.real_tokens(cache, tokens, kwargs.get("attention_mask"))
         before = list(cache.lengths)
-        old = before or [0] * rows
-        lengths = [length + count for length, count in zip(old, counts, strict=True)]
-        if max(lengths) > self.max_seq_len:
-            raise SequenceTooLong(
-                f"{max(lengths)} tokens do not fit max_seq_len={self.max_seq_len}: enable() the "
-                "model with a larger one (addresses cost no memory), or generate fewer tokens"
-            )
-        if rows > self.max_batch_size:
-            raise ConfigError(
-                f"{rows} rows do not fit max_batch_size={self.max_batch_size}: enable() the model "
-                "with a larger one"
-            )
-        live = [row for row in range(rows) if counts[row]]
-        cache.begin(counts)
+        batches, lengths = self.begin(cache, counts)
         try:
-            batches = []
-            for number, group in enumerate(self.groups):
-                slots = cache.slots(number)
-                batch = Batch(group.kv, len(live) or 1, sum(counts) or 1)
-                batch.fill_rows(
-                    [slots[row] for row in live] or [0],
-                    [lengths[row] for row in live] or [0],
-                    [counts[row] for row in live] or [1],
-                )
-                batches.append(batch)
             packed_tokens = _packed(tokens, real)
             positions = kwargs.get("position_ids")
-            if not live:  # nothing but padding: a token of it runs, and is written nowhere
+            if not any(counts):  # nothing but padding: a token of it runs, and is written nowhere
                 packed_tokens = tokens.reshape(-1)[:1]
                 packed_positions = torch.zeros_like(packed_tokens)
             elif positions is None:
@@ -326,17 +316,65 @@ class Engine:
         output.past_key_values = cache
         return output
 
-    def _look_at_weights(self) -> None:
-        """Where somebody gave the model other tensors for weights, what held the old ones goes."""
+    def begin(self, cache: RaggedCache, counts: list[int]) -> tuple[list[Batch], list[int]]:
+        """Maps memory for so many more tokens of each row; what it raises changes nothing.
+
+        Returns:
+            For each group, a batch of the rows that get tokens, of a row of padding if none does;
+            and the lengths of all rows then, for `cache.finish`.
+        """
+        rows = len(counts)
+        old = cache.lengths or [0] * rows
+        lengths = [length + count for length, count in zip(old, counts, strict=True)]
+        if max(lengths) > self.max_seq_len:
+            raise SequenceTooLong(
+                f"{max(lengths)} tokens do not fit max_seq_len={self.max_seq_len}: enable() the "
+                "model with a larger one (addresses cost no memory), or generate fewer tokens"
+            )
+        if rows > self.max_batch_size:
+            raise ConfigError(
+                f"{rows} rows do not fit max_batch_size={self.max_batch_size}: enable() the model "
+                "with a larger one"
+            )
+        before = list(cache.lengths)
+        live = [row for row in range(rows) if counts[row]]
+        try:
+            cache.begin(counts)
+        except (OutOfPages, OutOfSlots):
+            if not traced.collect():
+                raise
+            cache.begin(counts)
+        try:
+            batches = []
+            for number, group in enumerate(self.groups):
+                slots = cache.slots(number)
+                batch = Batch(group.kv, len(live) or 1, sum(counts) or 1)
+                batch.fill_rows(
+                    [slots[row] for row in live] or [0],
+                    [lengths[row] for row in live] or [0],
+                    [counts[row] for row in live] or [1],
+                )
+                batches.append(batch)
+        except BaseException:
+            cache.undo_begin(before)
+            raise
+        return batches, lengths
+
+    def look_at_weights(self) -> bool:
+        """Where somebody gave the model other tensors for weights, what held the old ones goes.
+
+        Returns whether that was so.
+        """
         if _addresses(self._model) == self._weights:
-            return
+            return False
         self._decoders.clear()
         forget_merged(self._merged)
         self._merged = merge_linears(self._model) if self._merge else []
         self.linears = plain_linears(self._model)
         self._weights = _addresses(self._model)
+        return True
 
-    def _real_tokens(
+    def real_tokens(
         self, cache: RaggedCache, tokens: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, list[int]]:
         """Which of the batch's tokens are no padding (None: all), and how many in each row."""
@@ -348,6 +386,8 @@ class Engine:
                 f"attention_mask must be {[rows, cache.seen + width]}, of all tokens so far and "
                 f"these; got {list(mask.shape)}"
             )
+        if cache.is_decode(width):
+            return None, [1] * rows
         bits = mask.to(torch.bool)
         counts = torch.stack([bits[:, : cache.seen].sum(1), bits[:, cache.seen :].sum(1)]).tolist()
         if cache.seen and counts[0] != cache.lengths:
@@ -476,6 +516,7 @@ class Engine:
         unmerge_linears(self._merged)
         self._merged = []
         self._decoders.clear()
+        operator.set_step(self.number, None)  # one of a compiled call that was cut off
         for group in self.groups:
             group.kv.close()
         if self.device.type == "cuda":

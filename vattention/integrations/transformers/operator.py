@@ -10,13 +10,24 @@ as a tensor, since compilers make a new graph for every other number.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface
 
-__all__ = ["HANDLE", "IMPLEMENTATION", "Step", "handle", "register", "set_step"]
+__all__ = [
+    "HANDLE",
+    "IMPLEMENTATION",
+    "TAGS",
+    "Step",
+    "handle",
+    "owner",
+    "register",
+    "set_step",
+    "step_of",
+]
 
 IMPLEMENTATION = "vattention"
 """The name under which transformers finds this attention. It has no mask function: then models
@@ -43,18 +54,21 @@ class Step(Protocol):
         """
 
 
-_engines: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _steps: dict[int, Step] = {}
-_next_engine = 0
+_numbers = itertools.count()
 
 
-def register(engine: object) -> int:
-    """A number for an engine, never used again."""
-    global _next_engine
-    number = _next_engine
-    _next_engine += 1
-    _engines[number] = engine
+def register(owner: object) -> int:
+    """A number for an engine or a cache, never used again."""
+    number = next(_numbers)
+    _owners[number] = owner
     return number
+
+
+def owner(number: int) -> Any:
+    """What has that number; None: it is gone."""
+    return _owners.get(number)
 
 
 def set_step(engine: int, step: Step | None) -> None:
@@ -65,9 +79,15 @@ def set_step(engine: int, step: Step | None) -> None:
         _steps[engine] = step
 
 
-def handle(engine: int, layer: int) -> torch.Tensor:
-    """What an attention module carries."""
-    return torch.tensor([engine, layer], dtype=torch.int64)
+def step_of(engine: int) -> Step | None:
+    """What was said last."""
+    return _steps.get(engine)
+
+
+def handle(*numbers: int) -> torch.Tensor:
+    """What an attention module carries, of an engine and a layer; others carry other numbers."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _append_and_attend(
@@ -97,9 +117,14 @@ def _fake(
     return q.new_empty(batch, tokens, heads, v.shape[-1])
 
 
+# A graph that inductor lets CUDA capture must not hold what depends on the step. The engine's own
+# graphs may: it sees to what they read.
+TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
 _library = torch.library.Library("vattention", "DEF")
 _library.define(
-    "append_and_attend(Tensor q, Tensor k, Tensor v, Tensor which, Tensor? sinks) -> Tensor"
+    "append_and_attend(Tensor q, Tensor k, Tensor v, Tensor which, Tensor? sinks) -> Tensor",
+    tags=TAGS,
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("append_and_attend", _append_and_attend, _key)

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from vattention import Sequence
 from vattention.config import check_tokens
 from vattention.errors import Closed, ConfigError, StaleSequence
+from vattention.integrations.transformers import operator
 
 if TYPE_CHECKING:
     from vattention.integrations.transformers.engine import Engine
@@ -53,6 +54,8 @@ class RaggedCache(Cache):
         self.lengths: list[int] = []
         self.seen = 0
         self._expected_tokens = expected_tokens
+        self._is_open = False
+        self.handle = operator.handle(operator.register(self))
         self.stamp = next(_stamps)
         self._rows: list[list[Sequence]] = [[] for _ in engine.groups]
         self._released: list[int] = [0] * len(engine.groups)
@@ -152,6 +155,18 @@ class RaggedCache(Cache):
 
     # ---- what the engine asks ----
 
+    def is_decode(self, tokens: int) -> bool:
+        """Whether so many tokens in each row are a decode step.
+
+        A row that has only had padding so far may get more of it, as the mask says.
+        """
+        return tokens == 1 and bool(self.lengths) and min(self.lengths) > 0
+
+    def settle(self) -> None:
+        """Takes back what a step began that was cut off, as one in a compiler's graph may be."""
+        if self._is_open:
+            self.undo_begin(self.lengths)
+
     def begin(self, counts: Rows[int]) -> None:
         """Makes rows with room for so many tokens each, or adds to those there are.
 
@@ -171,8 +186,9 @@ class RaggedCache(Cache):
                 raise
             for own, rows in zip(self._rows, made, strict=True):
                 own.extend(rows)
-            return
-        self.extend([length + count for length, count in zip(self.lengths, counts, strict=True)])
+        else:
+            self.extend([have + count for have, count in zip(self.lengths, counts, strict=True)])
+        self._is_open = True
 
     def extend(self, lengths: Rows[int]) -> None:
         """Maps every row for so many tokens, after giving back what left the window.
@@ -193,6 +209,7 @@ class RaggedCache(Cache):
 
     def finish(self, lengths: Rows[int], seen: int) -> None:
         """The tokens have been written: a prefill."""
+        self._is_open = False
         self._set(list(lengths), seen)
 
     def advance(self) -> None:
@@ -206,6 +223,7 @@ class RaggedCache(Cache):
 
     def undo_begin(self, lengths: Rows[int]) -> None:
         """Takes back what `begin` made for tokens that were not written after all."""
+        self._is_open = False
         if not lengths:
             self.reset()
             return

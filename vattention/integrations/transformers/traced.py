@@ -4,12 +4,14 @@
 
 What the host does for a step (count, map memory, say which slots) happens inside the operators
 `begin` and `end`, each time the graph runs. The compiler sees tensors only, so a cache that grows
-makes no new graph. Rows keep their padding, which a graph of one shape needs: it is computed, and
-neither stored nor seen.
+makes no new graph. Rows keep their padding, which a graph of one shape needs: each of it is computed
+as one more of the real token before it, so that a row's last logits are those of its last token on
+whichever side the padding is, and is neither stored nor seen.
 """
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,18 +24,24 @@ from vattention.integrations.transformers.ragged import RaggedCache
 if TYPE_CHECKING:
     from vattention.integrations.transformers.engine import Engine
 
-__all__ = ["forward"]
+__all__ = ["collect", "forward"]
+
+# Whether a compiler has followed a call since the collector was last told to run.
+_may_hold_caches = False
 
 
 def forward(engine: Engine, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
     """What the compiler follows; the arguments are those of the model."""
     tokens, positions = torch.ops.vattention.begin(
-        kwargs["input_ids"], kwargs.get("attention_mask"), cache.handle, engine.order
+        kwargs["input_ids"],
+        kwargs.get("position_ids"),
+        kwargs.get("attention_mask"),
+        cache.handle,
+        engine.order,
     )
-    given = kwargs.get("position_ids")
     output = engine.call_model(
         input_ids=tokens,
-        position_ids=positions if given is None else given.expand(tokens.shape),
+        position_ids=positions,
         past_key_values=engine.stand_in,  # what a model read of a cache would be guarded
         logits_to_keep=kwargs.get("logits_to_keep", 0),
     )
@@ -41,33 +49,43 @@ def forward(engine: Engine, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
     return type(output)(logits=output.logits, past_key_values=cache)
 
 
+def collect() -> bool:
+    """Frees caches that are gone but for what compilers noted of them, which is in cycles.
+
+    Returns whether there may have been any.
+    """
+    global _may_hold_caches
+    if not _may_hold_caches:
+        return False
+    gc.collect()
+    _may_hold_caches = False
+    return True
+
+
 class _Step:
     """The step between `begin` and `end`.
 
     Args:
         engine: of the model.
-        cache: whose rows; its `begin` has been called.
-        batches: one for each group, of the rows that have tokens; empty if none has.
-        where: numbers of the tokens that are no padding; None: all.
-        lengths: what the rows have then.
-        width: tokens in each row, padding included.
+        batches: see `Engine.begin`.
+        padding: where it is; None: there is none.
+        lengths: what the cache's rows have then.
+        seen: what the cache has seen then.
     """
 
     def __init__(
         self,
         engine: Engine,
-        cache: RaggedCache,
         batches: list[Batch],
-        where: torch.Tensor | None,
+        padding: _Padding | None,
         lengths: list[int],
-        width: int,
+        seen: int,
     ) -> None:
         self._engine = engine
-        self.cache = cache
         self._batches = batches
-        self._where = where
+        self._padding = padding
         self.lengths = lengths
-        self.width = width
+        self.seen = seen
 
     def attend(
         self,
@@ -79,37 +97,117 @@ class _Step:
     ) -> torch.Tensor:
         """See `operator.Step`."""
         batch = self._batches[self._engine.places[layer][0]]
-        if self._where is None:
+        padding = self._padding
+        if padding is None:
             return self._engine.attend(layer, batch, q, k, v, sinks)
-        rows, heads, width, _ = q.shape
-        output = q.new_zeros(rows * width, heads, v.shape[-1])
-        if len(self._where):
-            q, k, v = (
-                x.transpose(1, 2).flatten(0, 1)[self._where].transpose(0, 1)[None]
-                for x in (q, k, v)
-            )
-            output[self._where] = self._engine.attend(layer, batch, q, k, v, sinks)[0]
-        return output.view(rows, width, heads, -1)
+        if padding.is_all:
+            return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+        packed = (padding.packed(x.transpose(1, 2)).transpose(0, 1)[None] for x in (q, k, v))
+        return padding.spread(self._engine.attend(layer, batch, *packed, sinks)[0])
 
 
-def begin(
-    engine: Engine, cache: RaggedCache, tokens: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """What the operator of that name does on the host: maps memory, and makes the step.
+class _Padding:
+    """Where the tokens are that are none, from a `[batch, tokens]` of which are real."""
 
-    Returns:
-        Positions of the tokens.
+    def __init__(self, real: torch.Tensor) -> None:
+        flat = real.reshape(-1)
+        self._shape = real.shape
+        self._places = flat.nonzero()[:, 0]
+        self._sources = (flat.cumsum(0) - 1).clamp_(min=0)
+        self.is_all = not len(self._places)
 
-    Raises:
-        ConfigError: what the model is called with does not fit the cache.
-        OutOfPages: the budget does not hold the step.
-        SequenceTooLong: a row would be longer than `max_seq_len`. Whatever is raised, the cache is
-            as it was.
+    def packed(self, x: torch.Tensor) -> torch.Tensor:
+        """The real ones of ``[batch, tokens, ...]``, back to back."""
+        return x.flatten(0, 1)[self._places]
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Back again; padding gets what the real token before it has."""
+        return x[self._sources].view(*self._shape, *x.shape[1:])
+
+
+def _begin(
+    tokens: torch.Tensor,
+    positions: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    cache: torch.Tensor,
+    order: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps memory and sets the step; returns the tokens, and their positions.
+
+    Whatever is raised, the cache is as it was.
     """
+    engine, rows_of = _owners(cache, order)
     rows, width = tokens.shape
-    engine.check_cache(cache, rows)
-    if width > 1 or not cache.lengths:
-        engine.look_at_weights()
-    real, counts = engine.real_tokens(cache, tokens, mask)
-    batches, lengths = engine.begin(cache, counts)
-    ...
+    engine.check_cache(rows_of, rows)
+    if not rows_of.is_decode(width) and engine.look_at_weights():
+        raise ConfigError("the model's weights were replaced since it was compiled: call it again")
+    real, counts = engine.real_tokens(rows_of, tokens, mask)
+    batches, lengths = engine.begin(rows_of, counts)
+    padding = None if real is None else _Padding(real)
+    if padding is None or padding.is_all:
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
+        if positions is not None:
+            positions = positions.expand(rows, width).clone(memory_format=torch.contiguous_format)
+        elif padding is None:
+            positions = batches[0].positions().view(rows, width)
+        else:
+            positions = tokens.new_zeros(rows, width, dtype=torch.int64)
+    else:
+        if positions is None:
+            packed = batches[0].positions()
+        else:
+            packed = padding.packed(positions.expand(rows, width))
+        tokens, positions = padding.spread(padding.packed(tokens)), padding.spread(packed)
+    operator.set_step(engine.number, _Step(engine, batches, padding, lengths, rows_of.seen + width))
+    order[1] += 1
+    return tokens, positions
+
+
+def _end(logits: torch.Tensor, cache: torch.Tensor, order: torch.Tensor) -> None:
+    """K and V of the step's tokens have been written."""
+    engine, rows_of = _owners(cache, order)
+    step = operator.step_of(engine.number)
+    assert isinstance(step, _Step)
+    operator.set_step(engine.number, None)
+    rows_of.finish(step.lengths, step.seen)
+    order[1] += 1
+
+
+def _owners(cache: torch.Tensor, order: torch.Tensor) -> tuple[Engine, RaggedCache]:
+    return operator.owner(int(order[0])), operator.owner(int(cache))
+
+
+def _fake_begin(
+    tokens: torch.Tensor,
+    positions: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    cache: torch.Tensor,
+    order: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    global _may_hold_caches
+    _may_hold_caches = True
+    dtype = torch.int64 if positions is None else positions.dtype
+    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=dtype)
+
+
+def _fake_end(logits: torch.Tensor, cache: torch.Tensor, order: torch.Tensor) -> None:
+    return None
+
+
+# `order` belongs to the engine. That it is written to keeps steps in their order, and keeps a step
+# whose logits nobody uses.
+_library = torch.library.Library("vattention", "FRAGMENT")
+for _name, _schema, _function, _fake in (
+    (
+        "begin",
+        "(Tensor tokens, Tensor? positions, Tensor? mask, Tensor cache, Tensor(a!) order)"
+        " -> (Tensor, Tensor)",
+        _begin,
+        _fake_begin,
+    ),
+    ("end", "(Tensor logits, Tensor cache, Tensor(a!) order) -> ()", _end, _fake_end),
+):
+    _library.define(_name + _schema, tags=operator.TAGS)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"vattention::{_name}", _fake, lib=_library)
