@@ -1804,15 +1804,16 @@ def test_compiled_prompts_may_have_padding_anywhere(name, compiler):
     mask = inputs["attention_mask"]
     mask[0, 5:] = mask[1, :3] = mask[2, 4:6] = mask[2, 10:] = 0
     real = mask.bool()
-    with enabled(model):
+    with enabled(model, max_batch_size=16):
         call = torch.compile(model, backend=compiler, fullgraph=True)
         for inputs["position_ids"] in (None, torch.arange(12)[None] + 3):
             expected = model(**inputs, past_key_values=new_cache(model)).logits
-            last_expected = model(**inputs, past_key_values=new_cache(model), logits_to_keep=1)
+            of_last = dict(past_key_values=new_cache(model), logits_to_keep=1)
+            expected_last = model(**inputs, **of_last).logits
             cache = new_cache(model)
             logits = call(**inputs, past_key_values=cache).logits
             torch.testing.assert_close(logits[real], expected[real])
-            torch.testing.assert_close(logits[:, -1:], last_expected.logits)
+            torch.testing.assert_close(logits[:, -1:], expected_last)
             assert cache.lengths == [5, 9, 8, 12]
         # All of it is padding: then the rows begin with what comes next.
         cache = new_cache(model)
@@ -1821,6 +1822,23 @@ def test_compiled_prompts_may_have_padding_anywhere(name, compiler):
         logits = model(**inputs | {"attention_mask": None}, past_key_values=cache).logits
         assert cache.lengths == [12] * 4
         torch.testing.assert_close(logits[3], expected[3])
+
+
+def test_compiler_that_does_not_see_whose_attention_it_is_is_found_out(compiler, monkeypatch):
+    model = small()
+    inputs = prompts([9, 9], "cpu")
+    before = generate(model, inputs).tolist()
+    with enabled(model) as engine:
+        cache = new_cache(model)
+        # The config says nothing, as where a compiler reads what it was before.
+        monkeypatch.setattr(engine, "_configs", [])
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        with torch.no_grad(), pytest.raises(va.ConfigError, match="do not compile it"):
+            call(input_ids=inputs["input_ids"], past_key_values=cache)
+        monkeypatch.undo()
+        assert cache.lengths == []
+        assert generate(model, inputs).tolist() == before
+        assert live_tokens(engine) == 0
 
 
 @torch.no_grad()
@@ -1845,6 +1863,13 @@ def test_compiled_model_on_a_gpu_equals_before(mode):
     before = generate(model, inputs, max_new_tokens=30).tolist()
     with enabled(model):
         call = torch.compile(model, fullgraph=True, mode=mode)
+        try:
+            next(loop(call, new_cache(model), inputs, 1))
+        except va.ConfigError as error:
+            # That it is told, and that nothing is left of it, is all there is to see.
+            assert "compiled this model so that its attention" in str(error)
+            assert generate(model, inputs, max_new_tokens=30).tolist() == before
+            pytest.skip(str(error))
         for _ in range(2):
             assert last(loop(call, new_cache(model), inputs, 30)) == before
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from transformers import PreTrainedConfig
@@ -33,10 +33,9 @@ from vattention import (
     VAttentionError,
 )
 from vattention.config import check_int, check_tokens, parse_bytes
+from vattention.layout import Order
 
 __all__ = ["CacheStats", "VAttentionCache", "VAttentionLayer"]
-
-Order = Literal["layer", "token"]
 
 # Layer types of a config that keep one key and one value per token, and whether the layer sees only
 # a window of them. Chunked attention differs from sliding attention in its mask alone.
@@ -521,7 +520,7 @@ class VAttentionCache(Cache):
         page_bytes: page size, on the host backend only.
         pool: draw on this pool instead of one of the cache's own.
         order: "token" (all layers of a token side by side, so that a short sequence takes little
-            memory) or "layer".
+            memory), "balanced" or "layer"; see `KVLayout`.
 
     Raises:
         ConfigError: the model or an argument is not supported.

@@ -103,7 +103,7 @@ _active = False
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """What `torch.nn.functional.linear` returns."""
     if _active:
-        result: torch.Tensor = torch.ops.vattention.one_row_product(x, weight, bias)
+        result: torch.Tensor = torch.ops.vattention.one_row_product.default(x, weight, bias)
         return result
     return torch.nn.functional.linear(x, weight, bias)
 

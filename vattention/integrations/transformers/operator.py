@@ -142,7 +142,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls; scale, window and softcap are known since the model was enabled."""
     which = getattr(module, HANDLE)
-    output = torch.ops.vattention.append_and_attend(query, key, value, which, s_aux)
+    output = torch.ops.vattention.append_and_attend.default(query, key, value, which, s_aux)
     return output, None
 
 

@@ -4,9 +4,9 @@
 
 What the host does for a step (count, map memory, say which slots) happens inside the operators
 `begin` and `end`, each time the graph runs. The compiler sees tensors only, so a cache that grows
-makes no new graph. Rows keep their padding, which a graph of one shape needs: each of it is computed
-as one more of the real token before it, so that a row's last logits are those of its last token on
-whichever side the padding is, and is neither stored nor seen.
+makes no new graph. Rows keep their padding, which a graph of one shape needs. It is neither stored
+nor seen, and computed as if it were the real token before it: on whichever side padding is, a row's
+last logits are those of its last token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _may_hold_caches = False
 
 def forward(engine: Engine, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
     """What the compiler follows; the arguments are those of the model."""
-    tokens, positions = torch.ops.vattention.begin(
+    tokens, positions = torch.ops.vattention.begin.default(
         kwargs["input_ids"],
         kwargs.get("position_ids"),
         kwargs.get("attention_mask"),
@@ -45,7 +45,7 @@ def forward(engine: Engine, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
         past_key_values=engine.stand_in,  # what a model read of a cache would be guarded
         logits_to_keep=kwargs.get("logits_to_keep", 0),
     )
-    torch.ops.vattention.end(output.logits, cache.handle, engine.order)
+    torch.ops.vattention.end.default(output.logits, cache.handle, engine.order)
     return type(output)(logits=output.logits, past_key_values=cache)
 
 
@@ -86,6 +86,7 @@ class _Step:
         self._padding = padding
         self.lengths = lengths
         self.seen = seen
+        self.attended: set[int] = set()
 
     def attend(
         self,
@@ -96,14 +97,15 @@ class _Step:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `operator.Step`."""
+        self.attended.add(layer)
         batch = self._batches[self._engine.places[layer][0]]
         padding = self._padding
         if padding is None:
             return self._engine.attend(layer, batch, q, k, v, sinks)
         if padding.is_all:
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-        packed = (padding.packed(x.transpose(1, 2)).transpose(0, 1)[None] for x in (q, k, v))
-        return padding.spread(self._engine.attend(layer, batch, *packed, sinks)[0])
+        q, k, v = (padding.packed(x.transpose(1, 2)).transpose(0, 1)[None] for x in (q, k, v))
+        return padding.spread(self._engine.attend(layer, batch, q, k, v, sinks)[0])
 
 
 class _Padding:
@@ -149,7 +151,8 @@ def _begin(
         if positions is not None:
             positions = positions.expand(rows, width).clone(memory_format=torch.contiguous_format)
         elif padding is None:
-            positions = batches[0].positions().view(rows, width)
+            # A copy: a compiler may write to what an operator has returned.
+            positions = batches[0].positions().view(rows, width).clone()
         else:
             positions = tokens.new_zeros(rows, width, dtype=torch.int64)
     else:
@@ -169,6 +172,12 @@ def _end(logits: torch.Tensor, cache: torch.Tensor, order: torch.Tensor) -> None
     step = operator.step_of(engine.number)
     assert isinstance(step, _Step)
     operator.set_step(engine.number, None)
+    if len(step.attended) != len(engine.places):
+        rows_of.settle()
+        raise ConfigError(
+            f"torch {torch.__version__} compiled this model so that its attention is not the "
+            "enabled one's, and what it returned is wrong: do not compile it, or use a later torch"
+        )
     rows_of.finish(step.lengths, step.seen)
     order[1] += 1
 
