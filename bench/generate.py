@@ -260,8 +260,8 @@ def _run_shape(
                 peak = torch.cuda.max_memory_allocated()
                 row["kv_bytes"] = max(0, peak - before - pass_bytes)
             rows[name] = row
-        # The static cache is kept for the next generation, and would be as long as for this one.
-        vars(model).pop("_cache", None)
+        # The next static cache would be as long as this one.
+        vars(model).pop("_previous_max_cache_length", None)
         _release(context)
     agree = {
         name: float((tokens == outputs["ours"]).float().mean()) for name, tokens in outputs.items()
