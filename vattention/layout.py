@@ -17,8 +17,8 @@ layer's K, and each layer's V, a region of its own: what a kernel reads is dense
 holds at least one page in each region. ``order="token"`` puts K and V of several layers, all unless
 fewer are asked for, into a row: a page then holds few tokens of many layers, which suits short
 sequences and costs kernels some per cent. ``order="balanced"``, the default, puts several layers'
-K into a row and their V into another, as many as fit `BALANCED_ROW_BYTES`: measured, kernels read
-it as fast as packed tensors, and a sequence holds a fraction of the pages that layer order needs.
+K into a row and their V into another, as many as fit `BALANCED_ROW_BYTES`: kernels read it about
+as fast as packed tensors, and a sequence holds a fraction of the pages that layer order needs.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ ALIGNMENT_BYTES = 16
 """Kernels that load by TMA need bases and strides that are multiples of this."""
 
 BALANCED_ROW_BYTES = 8192
-"""The longest row of balanced order unless another number of layers is asked for. Of the rows that
-were tried (2 to 128 KiB; K and V apart or together; padded or not) the longest that cost decode no
-more than 1.1% of the best kernel over packed tensors, at four shapes on an H200."""
+"""The longest row of balanced order unless another number of layers is asked for: of rows of 2 to
+128 KiB, with K and V apart or together, padded or not, the longest that kernels read about as fast
+as packed tensors. How fast that is: bench/results, attention."""
 
 _MAX_LAYERS = 2**20
 
