@@ -36,7 +36,6 @@ import torch
 
 from bench.bandwidth import measure_read
 from bench.common import (
-    GIB,
     MIB,
     Context,
     heading,
@@ -47,6 +46,7 @@ from bench.common import (
     show_us,
     summarize,
 )
+from vattention.config import format_bytes
 
 # What a decode step over the floor may be, at these shapes.
 CLAIM_SHAPES = {(8, 8192), (1, 32768)}
@@ -348,7 +348,7 @@ def _show(context: Context, shape: dict[str, Any]) -> None:
     heading(
         context,
         f"generate: {shape['batch']} x {shape['length']:,} tokens, {shape['new_tokens']} new; "
-        f"floor {show_us(shape['floor_us'])}, tokens' own {_gib(shape['own_bytes'])}",
+        f"floor {show_us(shape['floor_us'])}, tokens' own {format_bytes(shape['own_bytes'])}",
     )
     print_table(
         ("a step", "median", "p10 - p90", "of the floor", "K and V", "first generate"),
@@ -358,16 +358,12 @@ def _show(context: Context, shape: dict[str, Any]) -> None:
                 show_us(row["median"]),
                 f"{show_us(row['p10'])} - {show_us(row['p90'])}",
                 f"{row['floors']:.2f}x",
-                _gib(row["kv_bytes"]) if "kv_bytes" in row else "",
+                format_bytes(row["kv_bytes"]) if "kv_bytes" in row else "",
                 f"{row['first_generate_s']:.1f} s",
             )
             for name, row in shape["variants"].items()
         ],
     )
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
 
 
 def _show_claims(shapes: list[dict[str, Any]]) -> None:

@@ -82,7 +82,6 @@ class Attention:
         self._layout = kv.layout
         self._max_seq_len = kv.max_seq_len
         self._device = kv.device
-        self._names = names
         self._made = {name: BACKENDS[name](kv, options) for name in names}
         self._chosen: dict[tuple[object, ...], Backend] = {}
 
@@ -144,8 +143,7 @@ class Attention:
 
     def _choose(self, batch: Batch, exact: bool, graph: bool) -> Backend:
         reasons = {
-            name: self._unmet_by_batch(self._made[name], batch, exact, graph)
-            for name in self._names
+            name: self._unmet_by_batch(self._made[name], batch, exact, graph) for name in self._made
         }
         fit = [name for name, why in reasons.items() if not why]
         if not fit:
@@ -197,7 +195,7 @@ class Attention:
 
     def __repr__(self) -> str:
         """What it may call."""
-        return f"Attention({self.requested!r}: {', '.join(self._names)})"
+        return f"Attention({self.requested!r}: {', '.join(self._made)})"
 
 
 def _is_exact(batch: Batch) -> bool:

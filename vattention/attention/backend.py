@@ -46,6 +46,13 @@ class Backend(ABC):
         self.options = options
         head_dim = kv.layout.head_dim
         self.scale = head_dim**-0.5 if options.scale is None else options.scale
+        # As FlashAttention counts: tokens before a query's own, and behind it; -1: all.
+        window = options.window
+        self.window = (-1, -1) if window is None else (window - 1, 0)
+
+    def is_causal(self, batch: Batch) -> bool:
+        """Whether a mask is needed: a single query is its row's last token, and sees all."""
+        return self.options.causal and batch.max_queries > 1
 
     @classmethod
     @abstractmethod
@@ -53,9 +60,9 @@ class Backend(ABC):
         """What has to be installed before it can be used; None: nothing."""
 
     @property
-    @abstractmethod
     def version(self) -> str:
-        """Of the library that it calls."""
+        """Of the library that it calls: torch, unless it is another."""
+        return str(torch.__version__)
 
     @abstractmethod
     def attend(

@@ -66,8 +66,7 @@ class FlashAttention2(Backend):
         """See `Backend.attend`."""
         from flash_attn import flash_attn_interface
 
-        window = self.options.window
-        left, right = (-1, -1) if window is None else (window - 1, 0)
+        left, right = self.window
         if batch.is_decode:
             output: torch.Tensor = flash_attn_interface.flash_attn_with_kvcache(
                 q.unsqueeze(1),

@@ -65,11 +65,10 @@ class _FlashAttention3(Backend):
         self._parameters = [argument.name for argument in self._op._schema.arguments]
         self._plan_parameters = [argument.name for argument in self._plan_op._schema.arguments]
         self._multiprocessors = torch.cuda.get_device_properties(kv.device).multi_processor_count
-        window = options.window
         self._constant: dict[str, Any] = {
             "softmax_scale": self.scale,
-            "window_size_left": -1 if window is None else window - 1,
-            "window_size_right": -1 if window is None else 0,
+            "window_size_left": self.window[0],
+            "window_size_right": self.window[1],
             "attention_chunk": 0,
             "softcap": options.softcap,
             "is_rotary_interleaved": True,
@@ -95,7 +94,7 @@ class _FlashAttention3(Backend):
         scales: Scales | None,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
-        causal = self.options.causal and batch.max_queries > 1
+        causal = self.is_causal(batch)
         splits, margin = self._splits(batch)
         given = self._constant | {
             "q": q,

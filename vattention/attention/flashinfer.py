@@ -179,7 +179,7 @@ class FlashInfer(Backend):
             num_kv_heads=kv_heads,
             head_dim_qk=layout.head_dim,
             page_size=page_tokens,
-            causal=self.options.causal and batch.max_queries > 1,
+            causal=self.is_causal(batch),
             sm_scale=self.scale,
             window_left=self._window_left,
             logits_soft_cap=self.options.softcap,

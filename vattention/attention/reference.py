@@ -38,11 +38,6 @@ class Torch(Backend):
         """Nothing."""
         return None
 
-    @property
-    def version(self) -> str:
-        """Torch's."""
-        return str(torch.__version__)
-
     def attend(
         self,
         q: torch.Tensor,

@@ -39,11 +39,6 @@ class TorchEfficient(Backend):
         """A torch with CUDA."""
         return None if torch.version.cuda else "a CUDA build of torch"
 
-    @property
-    def version(self) -> str:
-        """Torch's."""
-        return str(torch.__version__)
-
     def attend(
         self,
         q: torch.Tensor,
@@ -61,7 +56,6 @@ class TorchEfficient(Backend):
         keys, values = as_one_sequence(k)[None], as_one_sequence(v)[None]
 
         def call(queries: torch.Tensor, query_starts: torch.Tensor, most: int) -> torch.Tensor:
-            causal = self.options.causal and batch.max_queries > 1
             output: torch.Tensor = torch.ops.aten._efficient_attention_forward.default(
                 queries[None],
                 keys,
@@ -72,7 +66,7 @@ class TorchEfficient(Backend):
                 most,
                 max(batch.max_length, 1),
                 0.0,
-                _CAUSAL_FROM_BOTTOM_RIGHT if causal else _NO_MASK,
+                _CAUSAL_FROM_BOTTOM_RIGHT if self.is_causal(batch) else _NO_MASK,
                 False,
                 scale=self.scale,
                 seqlen_k=batch.lengths,

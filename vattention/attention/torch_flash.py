@@ -37,11 +37,6 @@ class TorchFlash(Backend):
             return None
         return "a CUDA build of torch with FlashAttention"
 
-    @property
-    def version(self) -> str:
-        """Torch's."""
-        return str(torch.__version__)
-
     def attend(
         self,
         q: torch.Tensor,
@@ -53,8 +48,8 @@ class TorchFlash(Backend):
         scales: Scales | None,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
-        window = self.options.window
-        bounds = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+        left, right = self.window
+        bounds = {} if left < 0 else {"window_size_left": left, "window_size_right": right}
         output: torch.Tensor = torch.ops.aten._flash_attention_forward.default(
             q,
             as_one_sequence(k),
@@ -64,7 +59,7 @@ class TorchFlash(Backend):
             batch.max_queries,
             max(batch.max_length, 1),
             0.0,
-            self.options.causal and batch.max_queries > 1,
+            self.is_causal(batch),
             False,
             scale=self.scale,
             seqused_k=batch.lengths,

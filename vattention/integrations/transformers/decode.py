@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vattention.attention import Batch
+from vattention.integrations.transformers import operator
 from vattention.integrations.transformers.fuse import compiled
 from vattention.integrations.transformers.matvec import one_row_products
 from vattention.integrations.transformers.ragged import RaggedCache
@@ -73,24 +74,11 @@ class Decoder:
             batch.touch()
             batch.advance()
         return engine.run_model(
-            self,
+            operator.BatchStep(engine, self.batches),
             input_ids=self._tokens,
             position_ids=self._positions,
             past_key_values=self._cache,
         )
-
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See `operator.Step`."""
-        engine = self._engine
-        group, _ = engine.places[layer]
-        return engine.attend(layer, self.batches[group], q, k, v, sinks)
 
     def step(self, cache: RaggedCache, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:
         """One more token for every row of a cache.

@@ -71,26 +71,6 @@ class Group:
     window: int | None
 
 
-class _Prefill:
-    """The step of a prefill: batches of its own, and the model's tokens are their queries."""
-
-    def __init__(self, engine: Engine, batches: list[Batch]) -> None:
-        self._engine = engine
-        self._batches = batches
-
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See `operator.Step`."""
-        group, _ = self._engine.places[layer]
-        return self._engine.attend(layer, self._batches[group], q, k, v, sinks)
-
-
 class Engine:
     """See `enable`, which makes it."""
 
@@ -295,7 +275,7 @@ class Engine:
                 packed_positions = _packed(positions.expand(rows, width), real)
             wanted, place = _logits_wanted(kwargs.get("logits_to_keep", 0), real, rows, width)
             output = self.run_model(
-                _Prefill(self, batches),
+                operator.BatchStep(self, batches),
                 input_ids=packed_tokens[None],
                 position_ids=packed_positions[None],
                 past_key_values=cache,
@@ -326,11 +306,7 @@ class Engine:
         rows = len(counts)
         old = cache.lengths or [0] * rows
         lengths = [length + count for length, count in zip(old, counts, strict=True)]
-        if max(lengths) > self.max_seq_len:
-            raise SequenceTooLong(
-                f"{max(lengths)} tokens do not fit max_seq_len={self.max_seq_len}: enable() the "
-                "model with a larger one (addresses cost no memory), or generate fewer tokens"
-            )
+        self._require_fits(max(lengths))
         if rows > self.max_batch_size:
             raise ConfigError(
                 f"{rows} rows do not fit max_batch_size={self.max_batch_size}: enable() the model "
@@ -359,6 +335,13 @@ class Engine:
             cache.undo_begin(before)
             raise
         return batches, lengths
+
+    def _require_fits(self, tokens: int) -> None:
+        if tokens > self.max_seq_len:
+            raise SequenceTooLong(
+                f"{tokens} tokens do not fit max_seq_len={self.max_seq_len}: enable() the model "
+                "with a larger one (addresses cost no memory), or generate fewer tokens"
+            )
 
     def look_at_weights(self) -> bool:
         """Where somebody gave the model other tensors for weights, what held the old ones goes.
@@ -407,11 +390,7 @@ class Engine:
                 f"{list(mask.shape)}"
             )
         longest = max(cache.lengths) + 1
-        if longest > self.max_seq_len:
-            raise SequenceTooLong(
-                f"{longest} tokens do not fit max_seq_len={self.max_seq_len}: enable() the model "
-                "with a larger one (addresses cost no memory), or generate fewer tokens"
-            )
+        self._require_fits(longest)
         decoder = self._decoder(len(cache.lengths), longest)
         cache.extend([length + 1 for length in cache.lengths])
         output = decoder.step(cache, tokens, kwargs.get("position_ids"))

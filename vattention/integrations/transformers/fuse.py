@@ -50,15 +50,13 @@ class _Merged:
 
     def compute(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """What linear `number` returns for `x`."""
-        if torch.is_grad_enabled():  # the merged matrix has none
+        # The merged matrix has no gradient; and what it was computed for may be another input.
+        if torch.is_grad_enabled() or (number > 0 and x is not self.input):
             linear = self.linears[number]
             return torch.nn.functional.linear(x, linear.weight, linear.bias)
         if number == 0:
             y = product(x, self.weight, self.bias)
             self.input, self.parts = x, y.split(self.sizes, dim=-1)
-        elif x is not self.input:
-            linear = self.linears[number]
-            return torch.nn.functional.linear(x, linear.weight, linear.bias)
         part = self.parts[number]
         if number == len(self.linears) - 1:
             self.input, self.parts = None, ()

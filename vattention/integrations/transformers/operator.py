@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from vattention.attention import Batch
+    from vattention.integrations.transformers.engine import Engine
 
 __all__ = [
     "HANDLE",
     "IMPLEMENTATION",
     "TAGS",
+    "BatchStep",
     "Step",
     "handle",
     "owner",
@@ -52,6 +57,26 @@ class Step(Protocol):
 
         Takes ``[batch, heads, tokens, dim]`` and returns ``[batch, tokens, heads, dim]``.
         """
+
+
+class BatchStep:
+    """The step of a call whose tokens are the queries of batches, one for each group of layers."""
+
+    def __init__(self, engine: Engine, batches: list[Batch]) -> None:
+        self._engine = engine
+        self._batches = batches
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Step`."""
+        group, _ = self._engine.places[layer]
+        return self._engine.attend(layer, self._batches[group], q, k, v, sinks)
 
 
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

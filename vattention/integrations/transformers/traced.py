@@ -62,7 +62,7 @@ def collect() -> bool:
     return True
 
 
-class _Step:
+class _Step(operator.BatchStep):
     """The step between `begin` and `end`.
 
     Args:
@@ -81,8 +81,7 @@ class _Step:
         lengths: list[int],
         seen: int,
     ) -> None:
-        self._engine = engine
-        self._batches = batches
+        super().__init__(engine, batches)
         self._padding = padding
         self.lengths = lengths
         self.seen = seen
@@ -98,14 +97,13 @@ class _Step:
     ) -> torch.Tensor:
         """See `operator.Step`."""
         self.attended.add(layer)
-        batch = self._batches[self._engine.places[layer][0]]
         padding = self._padding
         if padding is None:
-            return self._engine.attend(layer, batch, q, k, v, sinks)
+            return super().attend(layer, q, k, v, sinks)
         if padding.is_all:
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         q, k, v = (padding.packed(x.transpose(1, 2)).transpose(0, 1)[None] for x in (q, k, v))
-        return padding.spread(self._engine.attend(layer, batch, q, k, v, sinks)[0])
+        return padding.spread(super().attend(layer, q, k, v, sinks)[0])
 
 
 class _Padding:
