@@ -33,6 +33,7 @@ from vattention.attention import (
     backends,
     choice,
     flash_attn_3,
+    tail_slack_tokens,
 )
 
 HOST_PAGE_BYTES = 4096
@@ -1143,6 +1144,33 @@ def test_tail_slack_is_needed_unless_tensors_end_at_lengths() -> None:
             assert needs.slack_unmet_by(kv, exact=True) == []
 
 
+def test_tail_slack_depends_on_the_width_of_the_dtype() -> None:
+    needs = dataclasses.replace(NEEDS, tail_slack_tokens=32, tail_slack_tokens_8bit=48)
+    narrow = dataclasses.replace(needs, dtypes=(torch.float8_e4m3fn,))
+    assert needs.tail_slack_of(torch.float32) == needs.tail_slack_of(torch.float16) == 32
+    assert narrow.tail_slack_of(torch.float8_e4m3fn) == 48
+    assert dataclasses.replace(needs, tail_slack_tokens_8bit=0).tail_slack_of(torch.int8) == 32
+    for slack, ok in ((47, False), (48, True)):
+        with make(make_layout(dtype=torch.float8_e4m3fn), tail_slack_tokens=slack) as kv:
+            assert (needs.slack_unmet_by(kv, exact=False) == []) is ok
+
+
+def test_tail_slack_for_what_is_installed(fakes) -> None:
+    fakes(
+        tiles=dataclasses.replace(NEEDS, tail_slack_tokens=32, tail_slack_tokens_8bit=48),
+        longer=dataclasses.replace(NEEDS, tail_slack_tokens=64, **FP16),
+        other=dataclasses.replace(NEEDS, tail_slack_tokens=99, device="cuda"),
+        plain=NEEDS,
+    )
+    assert tail_slack_tokens(torch.float32, "cpu") == 32
+    assert tail_slack_tokens(torch.float16, "cpu") == 64
+    assert tail_slack_tokens(torch.float32, "cuda") == 99
+    assert tail_slack_tokens(torch.float32, "cpu", "plain") == 0
+    assert tail_slack_tokens(torch.float32, "cpu", "other") == 0  # of no use there
+    with pytest.raises(va.ConfigError, match="backend must be"):
+        tail_slack_tokens(backend="none")
+
+
 def test_a_finite_tail_needs_a_pool_that_is_cleared() -> None:
     needs = dataclasses.replace(NEEDS, finite_tail=True)
     with make(zero=False) as kv:
@@ -1151,6 +1179,27 @@ def test_a_finite_tail_needs_a_pool_that_is_cleared() -> None:
         assert NEEDS.slack_unmet_by(kv, exact=False) == []
     with make(zero=True) as kv:
         assert needs.slack_unmet_by(kv, exact=False) == []
+
+
+def test_even_rows_are_told_from_ragged_ones(kv: va.KVAllocator) -> None:
+    """FlashAttention-3 has faster kernels for rows of one length, that of the tensor."""
+    first, second, third = (kv.allocate(n) for n in (9, 9, 8))
+
+    def is_even(rows: dict[va.Sequence, int], length: int = 9, **options: Any) -> bool:
+        batch = Batch(kv, 2, 18, **options)
+        batch.fill(rows)
+        return flash_attn_3._are_even(batch, length)
+
+    assert is_even({first: 9})
+    assert is_even({first: 2, second: 2})
+    assert not is_even({first: 2, second: 2}, length=10)  # the tensor is longer
+    assert not is_even({first: 2, second: 3})
+    assert not is_even({first: 2, third: 2})
+    assert not is_even({first: 1, second: 1})
+    assert not is_even({first: 2, second: 2}, graph=True)
+    batch = Batch.of({first: 2, second: 2})
+    batch.host_lengths = None
+    assert not flash_attn_3._are_even(batch, 9)
 
 
 # ---- which backend a batch gets ----
@@ -1277,6 +1326,13 @@ def test_a_pool_that_is_not_cleared_is_refused_where_tails_must_be_finite(fakes)
 CUDA = torch.device("cuda", 0)
 SHAPES = [
     {"phase": "decode", "rows": 32, "length": 4_096, "us": {"fa2": 1.0, "fa3": 2.0}},
+    # Less apart than one kernel's times are.
+    {
+        "phase": "decode",
+        "rows": 9_000,
+        "length": 10**7,
+        "us": {"fa2": 1.0, "fa3": 1.009, "fa3_fwd": 2},
+    },
     {"phase": "decode", "rows": 1, "length": 131_072, "us": {"fa2": 9.0, "fa3": 8.0}},
     {"phase": "prefill", "rows": 1, "length": 32_768, "us": {"torch_flash": 5.0, "fa3": 4.0}},
 ]
@@ -1296,6 +1352,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["fa2", "fa3"], (True, 2, 65_536), "fa3"),
         (["fa2", "fa3"], (True, 1, 1_000), "fa2"),  # 32 x 4.1 from the one, 131 from the other
         (["fa2", "fa3"], (True, 1, 0), "fa2"),
+        (["fa2", "fa3", "fa3_fwd"], (True, 9_000, 10**7), "fa3"),
+        (["fa2", "fa3_fwd"], (True, 9_000, 10**7), "fa2"),
         # Only those that can run.
         (["fa3"], (True, 32, 4_096), "fa3"),
         (["fa3", "torch_flash"], (True, 32, 4_096), "fa3"),
@@ -1316,7 +1374,9 @@ def test_the_fastest_where_it_was_measured(
 
 
 def test_without_measurements_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_shapes", lambda index: SHAPES[:2])
+    monkeypatch.setattr(
+        choice, "_shapes", lambda index: [s for s in SHAPES if s["phase"] == "decode"]
+    )
     names = list(BACKENDS)[::-1]
     for device, decode in ((CUDA, False), (torch.device("cpu"), True)):
         got = choice.fastest(names, device, decode=decode, rows=1, length=1)

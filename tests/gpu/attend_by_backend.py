@@ -48,10 +48,6 @@ from vattention.attention import BACKENDS, Batch, Needs, Options, Rope, Scales, 
 FLOAT8 = torch.float8_e4m3fn
 BEYOND = "beyond"
 
-# Kernels with windows begin with the tile that holds the first token of the window. Where pages do
-# not end where tiles do, this many tokens must stay mapped below it.
-FRONT_TOKENS = 256
-
 NOT_BUILT = re.compile(
     r"(not|n't|only|no longer) (been |be )?(support|built|compiled|implemented|available|enabled)"
     r"|unsupported|no kernel|disabled",
@@ -69,6 +65,12 @@ def about_pages_and_tiles(page_tokens: int) -> list[int]:
     return [*about_pages(page_tokens), 127, 128, 129, 255, 256, 257]
 
 
+def about_slack(page_tokens: int, slack: int) -> list[int]:
+    """Lengths behind which slack ends where a page does, and on both sides of them."""
+    last = -slack % page_tokens
+    return [last + page_tokens, last + 1, last + page_tokens - 1]
+
+
 def few(page_tokens: int) -> list[int]:
     return [page_tokens + 1, 0, 257, 1, page_tokens, 128, 600]
 
@@ -77,10 +79,15 @@ def fill(name: str, layout: va.KVLayout, **options: Any) -> Filled:
     """Sequences with as much mapped behind them as the backend needs, and no more."""
     needs = BACKENDS[name].needs
     large = 256.0 if layout.itemsize == 1 else 1e4
+    slack = needs.tail_slack_of(layout.dtype)
     settings = {
-        "slack_tokens": needs.tail_slack_tokens,
+        "slack_tokens": slack,
         "tails": large if needs.finite_tail else float("nan"),
     }
+    if slack and options.get("lengths") is about_pages_and_tiles:
+        options["lengths"] = lambda page_tokens: (
+            about_pages_and_tiles(page_tokens) + about_slack(page_tokens, slack)
+        )
     filled = Filled(layout, **(settings | options))
     if filled.kv.tail_slack_tokens >= filled.page_tokens:
         guarded = {slot for slot, *_, access in filled.kv.mappings() if access == "read"}
@@ -218,7 +225,11 @@ def everything(
 
 
 def trimmed(name: str, layout: va.KVLayout, front_tokens: int) -> None:
-    """Memory below the window is gone; where pages and tiles end together, right up to it."""
+    """Memory below the window is gone; where pages and tiles end together, right up to it.
+
+    Kernels with windows begin with the tile that holds the first token of the window. Where pages
+    do not end where tiles do, `front_tokens` must stay mapped below it.
+    """
     window = 100
     filled = fill(
         name, layout, lengths=lambda _: [1_900, 3, 1_333], max_extent=make_pool().page_bytes
@@ -250,7 +261,7 @@ def exact(name: str, layout: va.KVLayout) -> None:
     try:
         attend_rows(name, filled, [(seq, 1) for seq in filled.sequences])
     except va.ConfigError as refused:
-        told = f"tail_slack_tokens={needs.tail_slack_tokens}"
+        told = f"tail_slack_tokens={needs.tail_slack_of(layout.dtype)}"
         require(told in str(refused), f"the message does not say what to do: {refused}")
     else:
         raise WrongAnswer("lengths that differ were not refused, though nothing is behind them")
@@ -265,7 +276,7 @@ def limit(name: str, layout: va.KVLayout, tokens: int, words: str) -> None:
         max_sequences=slots,
         pool=make_pool(),
         lookahead_tokens=0,
-        tail_slack_tokens=needs.tail_slack_tokens,
+        tail_slack_tokens=needs.tail_slack_of(layout.dtype),
     )
     row_bytes = layout.row_bytes[0] + layout.row_bytes[1]
     for most in (tokens // slots, 2**46 // row_bytes // slots - 2**20):  # the other is 64 TiB
@@ -647,7 +658,7 @@ def cases_of(name: str) -> dict[str, dict[str, Callable[[], None]]]:
     if needs.window:
         add("options", "window-trimmed", trimmed, make_layout(dtype), 0)
         wide = make_layout(dtype, num_layers=16)
-        add("options", "window-trimmed-wide", trimmed, wide, FRONT_TOKENS)
+        add("options", "window-trimmed-wide", trimmed, wide, needs.front_slack_tokens)
     if needs.tail_slack_tokens:
         add("options", "exact-token", exact, make_layout(dtype))
         add("options", "exact-layer", exact, make_layout(dtype, order="layer"))

@@ -104,6 +104,11 @@ class Attention:
         return backend.attend(q, k, v, batch, sinks=sinks, scales=scales)
 
     @property
+    def front_slack_tokens(self) -> int:
+        """Tokens below a window that must stay mapped, whichever backend runs."""
+        return max(backend.needs.front_slack_tokens for backend in self._made.values())
+
+    @property
     def is_bound_by_capacity(self) -> bool:
         """Whether a graph of it is slow where its `max_length` is far above the lengths."""
         return all(
@@ -125,7 +130,7 @@ class Attention:
             ConfigError: tails are not fit for it, or it cannot be captured; the message says what
                 to do.
         """
-        graph = batch.graph or _is_capturing(batch)
+        graph = batch.is_captured
         lengths = batch.host_lengths
         exact = not graph and batch.derived("exact", lambda: _is_exact(batch))
         key = (
@@ -201,10 +206,6 @@ class Attention:
 def _is_exact(batch: Batch) -> bool:
     lengths = batch.host_lengths
     return lengths is not None and all(length in (0, batch.max_length) for length in lengths)
-
-
-def _is_capturing(batch: Batch) -> bool:
-    return batch.kv.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def attend(

@@ -251,6 +251,12 @@ class Batch:
         """Whether every row has one query."""
         return self.max_queries == 1
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph will hold it, or the stream in use is being captured."""
+        on_gpu = self.kv.device.type == "cuda"
+        return self.graph or (on_gpu and torch.cuda.is_current_stream_capturing())
+
     def _cut(self) -> None:
         """The views of what is in use; those of a batch of as many rows are always the same."""
         rows = self.num_rows

@@ -2,8 +2,9 @@
 
 `measured.json` beside this file is what `python -m bench attention --save` wrote: for a device, a
 phase and a shape, the time of each backend. `auto` looks up the nearest shape of the device in
-use, or of the one most like it, and takes the fastest of those that can run. A backend that was
-not measured there comes after all that were.
+use, or of the one most like it, and takes the fastest of those that can run. Times that differ by
+less than they vary are the same: then the order of `BACKENDS` decides. A backend that was not
+measured there comes after all that were.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vattention.attention.torch_efficient import TorchEfficient
 from vattention.attention.torch_flash import TorchFlash
 from vattention.errors import ConfigError
 
-__all__ = ["BACKENDS", "backend_class", "fastest"]
+__all__ = ["BACKENDS", "backend_class", "fastest", "tail_slack_tokens"]
 
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend
@@ -47,6 +48,9 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 """All of them by name; where nothing was measured, the first that can run is taken."""
 
+_NOISE = 1.01
+"""How far apart two times of one kernel may be."""
+
 
 def backend_class(name: str) -> type[Backend]:
     """The backend of that name.
@@ -60,14 +64,44 @@ def backend_class(name: str) -> type[Backend]:
     return found
 
 
+def tail_slack_tokens(
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    backend: str = "auto",
+) -> int:
+    """What `KVAllocator(tail_slack_tokens=)` must be for a backend, whatever the lengths are.
+
+    For "auto": for every one of them that is installed.
+
+    Args:
+        dtype: of K and V.
+        device: where they are.
+        backend: "auto" or a name of `BACKENDS`.
+
+    Raises:
+        ConfigError: no such backend.
+    """
+    kind = torch.device(device).type
+    classes = BACKENDS.values() if backend == "auto" else [backend_class(backend)]
+    return max(
+        (
+            found.needs.tail_slack_of(dtype)
+            for found in classes
+            if found.needs.device == kind and dtype in found.needs.dtypes and not found.missing()
+        ),
+        default=0,
+    )
+
+
 def fastest(
     names: Iterable[str], device: torch.device, *, decode: bool, rows: int, length: int
 ) -> str:
     """The fastest of these backends for a batch of `rows` sequences of about `length` tokens."""
     names = list(names)
     times = _nearest(device, decode, rows, length)
-    order = list(BACKENDS)
-    return min(names, key=lambda name: (times.get(name, math.inf), order.index(name)))
+    limit = min(times.get(name, math.inf) for name in names) * _NOISE
+    equal = [name for name in names if times.get(name, math.inf) <= limit]
+    return min(equal, key=list(BACKENDS).index)
 
 
 def _nearest(device: torch.device, decode: bool, rows: int, length: int) -> dict[str, float]:

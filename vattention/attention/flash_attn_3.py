@@ -6,7 +6,8 @@ All of them register one operator with the same arguments, less or more:
 - `fa3_fwd`: the same, forward only, as a wheel;
 - vLLM's `_vllm_fa3_C`, from an installed vLLM, or from the file that `VATTENTION_FA3` names.
 
-It loads whole tiles by TMA: behind a length something must be mapped, and be finite.
+It loads whole tiles by TMA: behind a length something must be mapped, and be finite. The longest
+tiles that hopper/tile_size.h names are of 192 tokens, of 224 in 8 bits.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ __all__ = ["LIBRARY", "FlashAttention3", "FlashAttention3Forward", "FlashAttenti
 LIBRARY = "VATTENTION_FA3"
 """The variable that names a file which registers vLLM's operator."""
 
-_TILE_TOKENS = 256
-
 
 class _FlashAttention3(Backend):
-    """The operator `fwd`, always with variable-length queries and an index of slots."""
+    """The operator `fwd`, with an index of slots.
+
+    Attributes:
+        namespace: where its build registers operators.
+        has_even_rows: whether it has the kernels for rows of one length, which are faster.
+    """
 
     namespace: ClassVar[str]
+    has_even_rows: ClassVar[bool] = True
 
     @classmethod
     def missing(cls) -> str | None:
@@ -94,31 +99,41 @@ class _FlashAttention3(Backend):
         scales: Scales | None,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
-        causal = self.is_causal(batch)
-        splits, margin = self._splits(batch)
         given = self._constant | {
-            "q": q,
             "k": k,
             "v": v,
-            "cu_seqlens_q": batch.query_starts,
-            "seqused_k": batch.lengths,
-            "max_seqlen_q": batch.max_queries,
-            "max_seqlen_k": k.shape[1],
             "kv_batch_idx": batch.slots,
-            "is_causal": causal,
-            "scheduler_metadata": batch.derived(
-                (self.namespace, k.shape[1], self.options, k.dtype),
-                lambda: self._plan(q, k, v, batch, causal, splits, margin),
-            ),
-            "num_splits": splits,
+            "is_causal": self.is_causal(batch),
             "s_aux": None if sinks is None else sinks.to(torch.bfloat16),
             "q_descale": scales and scales.q,
             "k_descale": scales and scales.k,
             "v_descale": scales and scales.v,
         }
+        if self.has_even_rows and _are_even(batch, k.shape[1]):
+            given["q"] = q.view(batch.num_rows, batch.max_queries, *q.shape[1:])
+        else:
+            given["q"] = q
+            given |= self._ragged(q, k, v, batch)
         # By name, since builds differ in what they take; what none of them is given is optional.
         output: torch.Tensor = self._op(*[given.get(name) for name in self._parameters])[0]
-        return output
+        return output.flatten(0, -3)
+
+    def _ragged(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> dict[str, Any]:
+        """What the operator is told of rows of different lengths."""
+        splits, margin = self._splits(batch)
+        return {
+            "cu_seqlens_q": batch.query_starts,
+            "seqused_k": batch.lengths,
+            "max_seqlen_q": batch.max_queries,
+            "max_seqlen_k": k.shape[1],
+            "num_splits": splits,
+            "scheduler_metadata": batch.derived(
+                (self.namespace, k.shape[1], self.options, k.dtype),
+                lambda: self._plan(q, k, v, batch, splits, margin),
+            ),
+        }
 
     def _splits(self, batch: Batch) -> tuple[int, int]:
         """The most parts of a row (0: as the operator thinks), and what the plan leaves out.
@@ -137,7 +152,6 @@ class _FlashAttention3(Backend):
         k: torch.Tensor,
         v: torch.Tensor,
         batch: Batch,
-        causal: bool,
         splits: int,
         margin: int,
     ) -> torch.Tensor:
@@ -154,7 +168,7 @@ class _FlashAttention3(Backend):
             "seqused_k": batch.lengths,
             "cu_seqlens_q": batch.query_starts,
             "max_seqlen_k_new": 0,
-            "is_causal": causal,
+            "is_causal": self.is_causal(batch),
             "has_softcap": self.options.softcap > 0,
             "num_splits": splits,
             "sm_margin": margin,
@@ -170,8 +184,9 @@ _NEEDS = Needs(
     dtypes=(torch.float16, torch.bfloat16, torch.float8_e4m3fn),
     head_dims=(256, 8),
     v_head_dims=True,
-    tail_slack_tokens=_TILE_TOKENS,
-    front_slack_tokens=_TILE_TOKENS,
+    tail_slack_tokens=192,
+    tail_slack_tokens_8bit=224,
+    front_slack_tokens=224,
     finite_tail=True,
     max_tokens=2**31,
     softcap=True,
@@ -215,6 +230,7 @@ class FlashAttention3Vllm(_FlashAttention3):
 
     name = "fa3_vllm"
     namespace = "_vllm_fa3_C"
+    has_even_rows = False
     needs = replace(_NEEDS, sinks=True)
 
     @classmethod
@@ -238,6 +254,21 @@ class FlashAttention3Vllm(_FlashAttention3):
             path = str(files[0])
         torch.ops.load_library(path)
         return True
+
+
+def _are_even(batch: Batch, length: int) -> bool:
+    """Whether all rows have one length, that of K, and one number of queries, more than one.
+
+    A graph would hold that length, and a row of one query is as fast in any kernel.
+    """
+
+    def make() -> bool:
+        lengths, queries = batch.host_lengths, batch.host_queries
+        if lengths is None or batch.max_queries == 1:
+            return False
+        return lengths == [length] * len(lengths) and queries == queries[:1] * len(queries)
+
+    return not batch.is_captured and bool(batch.derived(("even", length), make))
 
 
 def _import(package: str) -> bool:

@@ -62,6 +62,7 @@ class Needs:
         tail_slack_tokens: tokens behind a length that are loaded though they do not count, so
             that something must be mapped there. Only where the tensor that is handed over ends
             behind that length: one sequence alone can be handed over exactly.
+        tail_slack_tokens_8bit: the same where K and V are of 8 bits, if it is more.
         finite_tail: whether what is loaded there must be finite.
         whole_rows: whether slots must be a whole number of rows apart, as many in K as in V,
             because the kernel takes where they start in rows.
@@ -87,6 +88,7 @@ class Needs:
     capabilities: tuple[tuple[int, int], tuple[int, int]] | None = None
     v_head_dims: bool = False
     tail_slack_tokens: int = 0
+    tail_slack_tokens_8bit: int = 0
     finite_tail: bool = False
     whole_rows: bool = False
     equal_strides: bool = False
@@ -100,6 +102,12 @@ class Needs:
     host_lengths: bool = False
     splits_by_capacity: bool = False
     alignment_bytes: int = 16
+
+    def tail_slack_of(self, dtype: torch.dtype) -> int:
+        """Tokens behind a length that are loaded where K and V have that dtype."""
+        if dtype.itemsize > 1:
+            return self.tail_slack_tokens
+        return max(self.tail_slack_tokens, self.tail_slack_tokens_8bit)
 
     def unmet_by(self, kv: KVAllocator, options: Options) -> list[str]:
         """Why these kernels cannot run over that allocator's memory; empty if they can.
@@ -184,11 +192,11 @@ class Needs:
             exact: whether every tensor that is handed over ends at its sequence's length.
         """
         reasons = []
-        if not exact and kv.tail_slack_tokens < self.tail_slack_tokens:
+        needed = self.tail_slack_of(kv.layout.dtype)
+        if not exact and kv.tail_slack_tokens < needed:
             reasons.append(
-                f"it loads up to {self.tail_slack_tokens} tokens behind a length, and only "
-                f"{kv.tail_slack_tokens} are mapped: make the KVAllocator with "
-                f"tail_slack_tokens={self.tail_slack_tokens}"
+                f"it loads up to {needed} tokens behind a length, and only {kv.tail_slack_tokens} "
+                f"are mapped: make the KVAllocator with tail_slack_tokens={needed}"
             )
         if self.finite_tail and not kv.pool.zero:
             reasons.append(

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from vattention import KVAllocator, KVLayout, Pool
-from vattention.attention import BACKENDS, Attention, Batch, Options, append
-from vattention.attention.choice import backend_class
+from vattention.attention import Attention, Batch, Options, append, tail_slack_tokens
 from vattention.errors import ConfigError, OutOfPages, OutOfSlots, SequenceTooLong
 from vattention.integrations.transformers import operator, traced
 from vattention.integrations.transformers.decode import Decoder
@@ -65,10 +64,12 @@ class Group:
     Attributes:
         kv: their allocator.
         window: tokens that they see; None: all.
+        front_slack_tokens: tokens below the window that must stay mapped.
     """
 
     kv: KVAllocator
     window: int | None
+    front_slack_tokens: int
 
 
 class Engine:
@@ -125,13 +126,12 @@ class Engine:
     # ---- memory ----
 
     def _make_groups(self, specs: list[LayerSpec], backend: str) -> None:
-        slack = _slack_tokens(specs, backend, self.device)
+        slack = max(tail_slack_tokens(spec.dtype, self.device, backend) for spec in specs)
         kinds: dict[tuple[object, ...], list[int]] = {}
         for layer, spec in enumerate(specs):
             kind = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, spec.options.window)
             kinds.setdefault(kind, []).append(layer)
         self.places = [(-1, -1)] * len(specs)
-        made: dict[tuple[int, Options], Attention] = {}
         attentions: list[Attention | None] = [None] * len(specs)
         for number, layers in enumerate(kinds.values()):
             spec = specs[layers[0]]
@@ -152,14 +152,15 @@ class Engine:
                 )
                 for index in range(len(layers)):
                     kv.layer(index)
-            self.groups.append(Group(kv, spec.options.window))
+            made: dict[Options, Attention] = {}
             for index, layer in enumerate(layers):
                 self.places[layer] = (number, index)
                 options = specs[layer].options
-                key = (number, options)
-                if key not in made:
-                    made[key] = Attention(kv, options, backend)
-                attentions[layer] = made[key]
+                if options not in made:
+                    made[options] = Attention(kv, options, backend)
+                attentions[layer] = made[options]
+            front = max(attention.front_slack_tokens for attention in made.values())
+            self.groups.append(Group(kv, spec.options.window, front))
         self._attentions = [attention for attention in attentions if attention is not None]
 
     def release(self) -> int:
@@ -553,19 +554,3 @@ def _bucket(rows: int, most: int) -> int:
     """How many rows a graph is captured for: the next power of two to 8, then multiples of 8."""
     size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
     return min(size, most)
-
-
-def _slack_tokens(specs: list[LayerSpec], backend: str, device: torch.device) -> int:
-    """As much tail slack as any backend needs that may be used."""
-    classes = BACKENDS.values() if backend == "auto" else [backend_class(backend)]
-    dtypes = {spec.dtype for spec in specs}
-    return max(
-        (
-            found.needs.tail_slack_tokens
-            for found in classes
-            if found.needs.device == device.type
-            and dtypes <= set(found.needs.dtypes)
-            and found.missing() is None
-        ),
-        default=0,
-    )

@@ -34,9 +34,7 @@ __all__ = ["RaggedCache"]
 
 _stamps = itertools.count(1)
 
-# Kernels load whole tiles: what is below a window but in a tile with it must stay mapped. Giving
-# memory back costs driver calls, so it waits until this many more can go.
-_TILE_TOKENS = 256
+# Giving memory back costs driver calls, so it waits until this many more tokens can go.
 _MIN_TRIM_TOKENS = 256
 
 
@@ -200,7 +198,7 @@ class RaggedCache(Cache):
             for number, group in enumerate(self.engine.groups):
                 rows = self._rows[number]
                 if group.window is not None:
-                    self._release(number, group.window)
+                    self._release(number, group.window + group.front_slack_tokens)
                 group.kv.step(dict(zip(rows, lengths, strict=True)))
                 done.append(rows)
         except BaseException:
@@ -230,9 +228,8 @@ class RaggedCache(Cache):
         self._trim(self._rows)
         self.stamp = next(_stamps)
 
-    def _release(self, number: int, window: int) -> None:
-        shortest = min(self.lengths, default=0)
-        needed = max(0, shortest - window - _TILE_TOKENS)
+    def _release(self, number: int, kept_tokens: int) -> None:
+        needed = max(0, min(self.lengths, default=0) - kept_tokens)
         if needed - self._released[number] >= _MIN_TRIM_TOKENS:
             self._released[number] = needed
             for row in self._rows[number]:
