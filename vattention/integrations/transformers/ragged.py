@@ -34,6 +34,8 @@ __all__ = ["RaggedCache"]
 
 _stamps = itertools.count(1)
 
+# Tokens below a window that stay at the least, so that as many can always be taken back.
+_KEPT_TOKENS = 256
 # Giving memory back costs driver calls, so it waits until this many more tokens can go.
 _MIN_TRIM_TOKENS = 256
 
@@ -116,7 +118,8 @@ class RaggedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last `-tokens_to_remove` tokens of every row back.
 
-        A positive number is the length to keep, of the padded batch.
+        A positive number is the length to keep, of the padded batch. Memory below a window goes
+        back, but up to 256 tokens can be taken back whatever the window.
 
         Raises:
             ConfigError: a row has fewer, or a window would reach what was given back; nothing has
@@ -198,7 +201,8 @@ class RaggedCache(Cache):
             for number, group in enumerate(self.engine.groups):
                 rows = self._rows[number]
                 if group.window is not None:
-                    self._release(number, group.window + group.front_slack_tokens)
+                    below = max(group.front_slack_tokens, _KEPT_TOKENS)
+                    self._release(number, group.window + below)
                 group.kv.step(dict(zip(rows, lengths, strict=True)))
                 done.append(rows)
         except BaseException:
