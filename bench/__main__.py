@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -90,6 +91,8 @@ def main() -> int:
         command = f"python -m bench {name} --device {kind}"
         for option in ("quick", "save", "no_compiled"):
             command += f" --{option.replace('_', '-')}" if getattr(args, option) else ""
+        started = time.perf_counter()
+        write = functools.partial(_write, args.out or RESULTS, started)
         context = Context(
             name,
             torch.device(device),
@@ -98,20 +101,25 @@ def main() -> int:
             args.commit,
             args.save,
             not args.no_compiled,
+            lambda so_far: write(context, {**so_far, "unfinished": True}),  # noqa: B023
         )
-        started = time.perf_counter()
         try:
             measurements = BENCHMARKS[name](context)
         except Exception:
             traceback.print_exc()
             failed = True
             continue
-        took = time.perf_counter() - started
-        path = write_report(context, measurements, args.out or RESULTS, took)
-        print(f"\n{name}: {took:.1f} s, written to {path}", flush=True)
+        path = write(context, measurements)
+        print(f"\n{name}: {time.perf_counter() - started:.1f} s, written to {path}", flush=True)
         if args.save:
             measured.save_report(json.loads(path.read_text()))
     return 1 if failed else 0
+
+
+def _write(
+    directory: Path, started: float, context: Context, measurements: Mapping[str, object]
+) -> Path:
+    return write_report(context, measurements, directory, time.perf_counter() - started)
 
 
 def _save_measured(path: Path) -> int:

@@ -60,7 +60,7 @@ from bench.common import (
     summarize,
     time_device_us,
 )
-from bench.paged import NO_PLAN, Absent, Call, Pages, Queries, peers
+from bench.paged import NO_PLAN, OUR_PLAN, Absent, Call, Pages, Queries, peers
 from vattention.attention import BACKENDS, Attention, Batch, Options
 
 LAYERS = 4  # rotated over: several times the L2 in any shape of decode
@@ -72,6 +72,7 @@ KEPT = 2  # of each kind for the contest
 DEFAULT = "balanced"
 ORDERS = (DEFAULT, "layer", "token")
 OURS, PACKED, PAGED = "ours", "packed", "paged"
+STOCK = "paged, called as engines do"
 
 # What is claimed, as the least ratio of times.
 DECODE_OF_PACKED = 0.985
@@ -284,6 +285,10 @@ class _Arm:
     @property
     def name(self) -> str:
         return f"{self.kernel}, {self.place}"
+
+    @property
+    def has_our_plan(self) -> bool:
+        return self.kernel.endswith(OUR_PLAN)
 
     def work(self) -> None:
         started = clock_us()
@@ -602,7 +607,7 @@ def _finalists(
         ]
         chosen += of_kind[:KEPT]
         if kind == PAGED:
-            chosen += [arm for arm in of_kind if "our plan" not in arm.kernel][:1]
+            chosen += [arm for arm in of_kind if not arm.has_our_plan][:1]
         if shape.phase == "prefill":
             chosen += [arm for arm in of_kind if arm.name == "FA3, paged 16"]
     return list(dict.fromkeys(chosen))
@@ -624,6 +629,7 @@ def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list
         OURS: best(default),
         PACKED: best(arm for arm in arms if arm.kind == PACKED),
         PAGED: best(arm for arm in arms if arm.kind == PAGED),
+        STOCK: best(arm for arm in arms if arm.kind == PAGED and not arm.has_our_plan),
     }
 
     def over(name: str | None, other: str | None) -> dict[str, Any] | None:
@@ -688,10 +694,15 @@ def _claimed(
     """What is claimed of a shape: the words, which arm, over which other, at least how much."""
     ours, packed, paged = best[OURS], best[PACKED], best[PAGED]
     if shape.phase == "decode":
-        return [
+        found = [
             ("auto over the best kernel over packed tensors", auto, packed, DECODE_OF_PACKED),
             ("the best of ours over the best paged", ours, paged, OF_PAGED),
         ]
+        stock = best[STOCK]
+        if stock != paged:
+            what = "the best of ours over the best paged, called as engines do"
+            found.append((what, ours, stock, OF_PAGED))
+        return found
     if context.cuda and shape.length != PREFILL_LENGTH:
         return []
     return [

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Context:
     commit: str | None
     save: bool = False  # what was measured is what `auto` chooses by from now on
     compiled: bool = True  # also what takes a minute to compile
+    write_so_far: Callable[[Mapping[str, object]], None] = field(default=lambda so_far: None)
 
     @property
     def cuda(self) -> bool:

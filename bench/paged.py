@@ -21,6 +21,7 @@ from vattention.attention.reference import attention
 Call = Callable[[], torch.Tensor]
 
 NO_PLAN = (0, 0)
+OUR_PLAN = "with our plan"
 _WORKSPACE_BYTES = 128 << 20
 
 
@@ -101,7 +102,7 @@ def peers(context: Context, of: Queries) -> list[Peer]:
     planned = [] if of.our_plan == NO_PLAN else sizes
     return [
         *(Peer("FA3", size, _fa3) for size in sizes),
-        *(Peer("FA3 with our plan", size, _fa3_with_our_plan) for size in planned),
+        *(Peer(f"FA3 {OUR_PLAN}", size, _fa3_with_our_plan) for size in planned),
         Peer("FA2", 256, _fa2),
         Peer("FlashInfer", 16, flashinfer),
     ]

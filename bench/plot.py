@@ -3,6 +3,7 @@
 - overview: up to two panels, of what there are results for: backing one prompt, decode bandwidth,
   steps.
 - attention: decode and prefill, beside kernels over packed tensors and over pages.
+- generate: a decode step of a model, and the memory of K and V, beside transformers' caches.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def draw(results: Path, directory: Path) -> list[Path]:
         figures: dict[str, list[Panel]] = {
             "overview": [(PANELS[name], reports[name]) for name in PANELS if name in reports][:2],
             "attention": [(panel, reports[name]) for name, panel in ATTENTION if name in reports],
+            "generate": [(panel, reports[name]) for name, panel in GENERATE if name in reports],
         }
         for name, panels in figures.items():
             if panels:
@@ -97,7 +99,7 @@ def _newest(results: Path) -> dict[str, dict[str, Report]]:
     for path in sorted(results.glob("*.json")):
         report = json.loads(path.read_text())
         name = report.get("benchmark")
-        if name not in PANELS and name not in dict(ATTENTION):
+        if name not in PANELS and name not in dict(ATTENTION + GENERATE):
             continue
         device = path.stem.removeprefix(f"{name}-").removesuffix("-quick")
         other = found.setdefault(device, {}).get(name)
@@ -301,6 +303,77 @@ def _draw_rates(axis: Axes, report: Report, phase: str, bars: list[Bar]) -> None
     axis.set_ylabel(f"{shapes[0]['unit']}, median")
 
 
+_VARIANTS = (
+    ("ours", "ours", OURS),
+    ("static, compiled", "static cache, compiled", OURS_LIGHT),
+    ("static", "static cache", THEIRS_LIGHT),
+    ("dynamic", "dynamic cache", THEIRS),
+)
+
+
+def _draw_generate(axis: Axes, report: Report) -> None:
+    def ms(shape: Report, name: str) -> float:
+        return float(shape["variants"][name]["median"]) / 1e3
+
+    _draw_variants(axis, report, ms, lambda shape: shape["floor_us"] / 1e3, "floor")
+    axis.set_title("A decode step of generate()")
+    axis.set_ylabel("ms, median")
+
+
+def _draw_kv_bytes(axis: Axes, report: Report) -> None:
+    def gib(shape: Report, name: str) -> float | None:
+        taken = shape["variants"][name].get("kv_bytes")
+        return None if taken is None else taken / 2**30
+
+    _draw_variants(axis, report, gib, lambda shape: shape["own_bytes"] / 2**30, "tokens' own")
+    axis.set_title("Memory of K and V")
+    axis.set_ylabel("GiB, most")
+
+
+def _draw_variants(
+    axis: Axes,
+    report: Report,
+    value: Callable[[Report, str], float | None],
+    floor: Callable[[Report], float],
+    floor_name: str,
+) -> None:
+    shapes = report["measurements"]["shapes"]
+    used = [it for it in _VARIANTS if any(it[0] in shape["variants"] for shape in shapes)]
+    width = 0.8 / len(used)
+    for i, (name, label, color) in enumerate(used):
+        found = [
+            (group + (i - (len(used) - 1) / 2) * width, height)
+            for group, shape in enumerate(shapes)
+            if name in shape["variants"]
+            for height in (value(shape, name),)
+            if height is not None
+        ]
+        axis.bar(
+            [x for x, _ in found], [y for _, y in found], width * 0.92, label=label, color=color
+        )
+        for x, y in found:
+            axis.annotate(
+                f"{y:.3g}", (x, y), (0, 3), textcoords="offset points", ha="center", fontsize=8
+            )
+    for group, shape in enumerate(shapes):
+        axis.hlines(
+            floor(shape),
+            group - 0.42,
+            group + 0.42,
+            color=INK,
+            linewidth=1,
+            linestyle="--",
+            label=floor_name if group == 0 else None,
+        )
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.2)  # room for the legend
+    axis.set_xticks(
+        range(len(shapes)), [f"{shape['batch']} x {shape['length']:,}" for shape in shapes]
+    )
+    axis.tick_params(axis="x", length=0)
+    axis.grid(axis="y")
+    axis.legend(loc="upper right", ncols=2)
+
+
 def _show_short(us: float) -> str:
     for unit_us, name in ((1e6, "s"), (1e3, "ms")):
         if us >= unit_us:
@@ -314,3 +387,4 @@ PANELS: dict[str, Callable[[Axes, Report], None]] = {
     "step": _draw_step,
 }
 ATTENTION = [("attention", _draw_decode), ("attention", _draw_prefill)]
+GENERATE = [("generate", _draw_generate), ("generate", _draw_kv_bytes)]

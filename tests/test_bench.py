@@ -16,7 +16,7 @@ from bench import measured
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ("map", "step", "bandwidth", "attention")
+BENCHMARKS = ("map", "step", "bandwidth", "attention", "generate")
 
 
 def run_bench(*arguments: object) -> None:
@@ -82,6 +82,18 @@ def test_attention_compares_slots_with_packed_tensors_and_pages(results):
     assert "cuda" in measured["absent"]["fa2"]
 
 
+def test_generate_compares_our_steps_with_those_of_other_caches(results):
+    report = json.loads((results / "generate-host-quick.json").read_text())["measurements"]
+    assert "unfinished" not in report
+    for shape in report["shapes"]:
+        assert {"ours", "dynamic", "static"} <= set(shape["variants"])
+        assert shape["tokens_as_ours"]["ours"] == 1
+        ours = shape["variants"]["ours"]
+        assert shape["own_bytes"] <= ours["kv_bytes"]
+        assert ours["repetitions"] == shape["new_tokens"] - 2
+    assert report["logits"]["relative_error"]["ratio"] < 1.5
+
+
 def test_a_report_of_a_gpu_becomes_what_auto_chooses_by(results, tmp_path):
     report = attention_report(results)
     path = tmp_path / "measured.json"
@@ -102,7 +114,7 @@ def test_a_report_of_a_gpu_becomes_what_auto_chooses_by(results, tmp_path):
         assert shape["us"]["torch"] > 0
 
 
-@pytest.mark.parametrize("name", ["overview", "attention"])
+@pytest.mark.parametrize("name", ["overview", "attention", "generate"])
 def test_results_are_drawn(results, tmp_path, name):
     run_bench("plot", "--results", results, "--out", tmp_path)
     assert (tmp_path / f"{name}-host.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
