@@ -1,7 +1,8 @@
 """Runs the benchmarks: `python -m bench [NAME|all]`; draws them: `python -m bench plot`.
 
 `python -m bench attention --save` also writes what `vattention.attention` chooses backends by, and
-`python -m bench save-measured REPORT` writes it from the file of such a run.
+`python -m bench save-measured REPORT` writes it from the file of such a run. Where the package is
+installed the same is `vattention bench`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from bench import attention, bandwidth, generate, measured, step
-from bench import map as mapping
-from bench.common import Context, write_report
+from . import attention, bandwidth, generate, measured, step
+from . import map as mapping
+from .common import Context, write_report
 
 BENCHMARKS: dict[str, Callable[[Context], dict[str, object]]] = {
     "map": mapping.run,
@@ -31,9 +32,9 @@ BENCHMARKS: dict[str, Callable[[Context], dict[str, object]]] = {
 RESULTS = Path("bench/results")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench",
+        prog="python -m bench" if arguments is None else "vattention bench",
         description="Measures vattention and writes one JSON file for each benchmark. The host "
         "backend (--device cpu) runs all of it at small sizes, to try the code: its figures say "
         "nothing about a GPU.",
@@ -70,7 +71,7 @@ def main() -> int:
         help="generate: leave out the model that is compiled as a whole, which takes minutes",
     )
     parser.add_argument("--commit", help="the commit measured, for a copy that has no .git")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if (args.benchmark == "save-measured") is not (args.report is not None):
         parser.error("save-measured takes a report, and nothing else does")
     if args.benchmark == "save-measured":
@@ -132,7 +133,7 @@ def _save_measured(path: Path) -> int:
 
 
 def _plot(results: Path, directory: Path) -> int:
-    from bench import plot  # matplotlib is not needed to measure
+    from . import plot  # matplotlib is not needed to measure
 
     paths = plot.draw(results, directory)
     for path in paths:

@@ -37,9 +37,11 @@ from typing import Any
 import torch
 
 import vattention as va
-from bench import measured
-from bench.bandwidth import measure_read
-from bench.common import (
+from vattention.attention import BACKENDS, Attention, Batch, Options
+
+from . import measured
+from .bandwidth import measure_read
+from .common import (
     GIB,
     Context,
     Samples,
@@ -60,8 +62,7 @@ from bench.common import (
     summarize,
     time_device_us,
 )
-from bench.paged import NO_PLAN, OUR_PLAN, Absent, Call, Pages, Queries, peers
-from vattention.attention import BACKENDS, Attention, Batch, Options
+from .paged import NO_PLAN, OUR_PLAN, Absent, Call, Pages, Queries, peers
 
 LAYERS = 4  # rotated over: several times the L2 in any shape of decode
 GROUP = 4  # query heads of one KV head

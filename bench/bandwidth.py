@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 import vattention as va
-from bench.common import (
+
+from .common import (
     GIB,
     MIB,
     Context,

@@ -34,8 +34,11 @@ from typing import Any
 
 import torch
 
-from bench.bandwidth import measure_read
-from bench.common import (
+from vattention import Pool
+from vattention.config import format_bytes
+
+from .bandwidth import measure_read
+from .common import (
     Context,
     heading,
     measure_bandwidth,
@@ -45,8 +48,6 @@ from bench.common import (
     show_us,
     summarize,
 )
-from vattention import Pool
-from vattention.config import format_bytes
 
 # What a decode step over the floor may be, at these shapes.
 CLAIM_SHAPES = {(8, 8192), (1, 32768)}

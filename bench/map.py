@@ -24,7 +24,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 import vattention as va
-from bench.common import (
+from vattention import _core
+
+from .common import (
     MIB,
     Context,
     Samples,
@@ -43,7 +45,6 @@ from bench.common import (
     summarize,
     summarize_all,
 )
-from vattention import _core
 
 
 def run(context: Context) -> dict[str, object]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from bench.common import Context
 from vattention.attention.flash_attn_3 import FlashAttention3Vllm
 from vattention.attention.reference import attention
+
+from .common import Context
 
 Call = Callable[[], torch.Tensor]
 

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench.common import show_bytes
+from .common import show_bytes
 
 Report = dict[str, Any]
 Panel = tuple[Callable[[Axes, Report], None], Report]

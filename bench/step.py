@@ -33,7 +33,9 @@ import numpy as np
 import torch
 
 import vattention as va
-from bench.common import (
+from vattention import _core
+
+from .common import (
     GIB,
     Context,
     Samples,
@@ -51,7 +53,6 @@ from bench.common import (
     summarize,
     summarize_all,
 )
-from vattention import _core
 
 SEQUENCES = 256
 PROMPTS = 32
