@@ -181,6 +181,39 @@ def test_no_step_waits_when_sequences_grow_by_a_token_at_a_time(device: str) -> 
 
 
 @on_every_device
+def test_nothing_is_mapped_ahead_of_what_a_sequence_is_expected_to_need(device: str) -> None:
+    most = 65 * TOKENS_PER_PAGE  # long enough for growth to be more than a page at a time
+    rig = Rig(device, budget_pages=600, max_seq_len=2 * most)
+    kv = rig.kv
+    told = kv.allocate(most - TOKENS_PER_PAGE, expected_tokens=most)
+    other = kv.allocate(most - TOKENS_PER_PAGE)
+    until(lambda: rig.pages(other) == 66, "the thread has mapped ahead, and more than a page")
+    until(lambda: rig.pages(told) == 65, "the thread has mapped ahead, no more than is needed")
+    for length in range(most - TOKENS_PER_PAGE + 1, most + 1):
+        kv.step({told: length, other: length + 1})
+    until(lambda: rig.pages(other) > 66, "the thread has mapped ahead again")
+    assert rig.pages(told) == 65
+    assert kv.stats().waited_steps == 0
+    assert wakes_of_other_threads(0.05) <= 3  # it does not look again and again
+    # It was expected wrongly: it grows as if nothing had been said.
+    kv.step({told: most + 1})
+    until(lambda: rig.pages(told) > 66, "the thread maps ahead of it")
+    waited = kv.stats().waited_steps
+    assert waited == 1
+    kv.step({told: most + 2})
+    assert kv.stats().waited_steps == waited
+    kv.check()
+    # The next one in that slot is another.
+    slot = told.slot
+    told.free()
+    again = kv.allocate(4 * most // 3, expected_tokens=0)
+    assert again.slot == slot
+    before = rig.pages(again)
+    kv.step({again: before * TOKENS_PER_PAGE - 1})
+    until(lambda: rig.pages(again) > before, "the thread maps ahead of it")
+
+
+@on_every_device
 def test_step_waits_for_the_thread_when_it_is_growing_the_same_sequence(device: str) -> None:
     rig = Rig(device)
     sequence = rig.at_the_gate()

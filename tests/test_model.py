@@ -300,8 +300,11 @@ class Trial:
     def allocate(self) -> None:
         cache = self.rng.choice(self.caches)
         tokens = self._some_length(cache)
-        self._note(f"{cache.name} allocate({tokens})")
-        self._allocate(cache, 1, tokens, lambda: [cache.kv.allocate(tokens)])
+        expected = self._some_length(cache) if self.rng.random() < 0.3 else 0
+        self._note(f"{cache.name} allocate({tokens}, expected_tokens={expected})")
+        self._allocate(
+            cache, 1, tokens, lambda: [cache.kv.allocate(tokens, expected_tokens=expected)]
+        )
 
     def allocate_batch(self) -> None:
         cache = self.rng.choice(self.caches)

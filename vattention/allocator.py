@@ -186,8 +186,9 @@ class KVAllocator:
 
         Args:
             num_tokens: its length to begin with.
-            expected_tokens: how long it may get. Nothing is mapped for it; it decides which freed
-                slot fits best, so that short prompts with long answers find the memory of others.
+            expected_tokens: how long it may get; 0: unknown. It decides which freed slot fits best,
+                so that short prompts with long answers find the memory of others; and until it is
+                longer, nothing is mapped ahead for more. Nothing is mapped because of it.
 
         Raises:
             OutOfSlots: every slot has a live sequence.

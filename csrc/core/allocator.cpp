@@ -159,9 +159,21 @@ void Allocator::refresh(std::uint32_t index) noexcept {
     }
   }
   ready_[index] = ready;
-  soft_[index] = ready >= config_.max_seq_len || config_.lookahead_tokens == 0
-                     ? kNever
-                     : std::max<std::int64_t>(0, ready - config_.lookahead_tokens);
+  if (ready >= config_.max_seq_len || config_.lookahead_tokens == 0) {
+    soft_[index] = kNever;
+    return;
+  }
+  soft_[index] = std::max<std::int64_t>(0, ready - config_.lookahead_tokens);
+  // What it is expected to need is there: no more until it is longer than that.
+  if (slot.expected > 0 && ready >= slot.expected) {
+    soft_[index] = std::max(soft_[index], slot.expected);
+  }
+}
+
+// The length up to which a sequence of so many tokens may have memory ahead of its needs.
+std::int64_t Allocator::most_tokens(std::uint32_t slot, std::int64_t tokens) const noexcept {
+  const std::int64_t expected = slots_[slot].expected;
+  return expected > 0 && tokens <= expected ? expected : config_.max_seq_len;
 }
 
 void Allocator::hold_back(std::uint32_t index) noexcept {
@@ -338,6 +350,7 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
     slot.state = SlotState::live;
     slot.generation = id.generation;
     slot.first_token = 0;
+    slot.expected = expected_tokens;
     lengths_[id.slot] = 0;
     for (Run& run : slot.runs) {
       if (run.empty()) run = Run{};  // it may have ended anywhere

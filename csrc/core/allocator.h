@@ -94,7 +94,8 @@ class Allocator {
   Allocator& operator=(const Allocator&) = delete;
 
   // `count` sequences of that many tokens; their slots are consecutive and ascending. How many
-  // tokens a single one is expected to get decides, if it is more, which slot's memory fits best.
+  // tokens a single one is expected to get decides, if it is more, which slot's memory fits best;
+  // until a sequence is longer than that, nothing is mapped for more.
   // Throws OutOfSlots, OutOfPages, SequenceTooLong, BackendFailure.
   [[nodiscard]] std::vector<SequenceId> allocate(std::size_t count, std::int64_t tokens,
                                                  Stream stream, std::int64_t expected_tokens = 0);
@@ -167,8 +168,9 @@ class Allocator {
     std::uint64_t generation = 0;
     std::uint64_t freed_at = 0;
     std::int64_t first_token = 0;
-    std::int64_t claimed = 0;  // the length that an operation under way is to give it
-    std::vector<Run> runs;     // one per region
+    std::int64_t claimed = 0;   // the length that an operation under way is to give it
+    std::int64_t expected = 0;  // how long the sequence is said to get; 0: nobody knows
+    std::vector<Run> runs;      // one per region
     std::vector<Retired> retired;
   };
   struct Target {
@@ -208,6 +210,7 @@ class Allocator {
   // The page from which on a run is surplus to a sequence that may grow by that many tokens.
   [[nodiscard]] std::size_t surplus_from(std::uint32_t slot, std::uint32_t region,
                                          std::int64_t growth_tokens) const noexcept;
+  [[nodiscard]] std::int64_t most_tokens(std::uint32_t slot, std::int64_t tokens) const noexcept;
   void refresh(std::uint32_t slot) noexcept;
   // Until it is refreshed, no growth of the slot's sequence is ready: what it would use is going.
   void hold_back(std::uint32_t slot) noexcept;

@@ -27,7 +27,6 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   const std::int64_t slack = config_.tail_slack_tokens;
   const std::size_t low =
       static_cast<std::size_t>(slot.first_token) * config_.regions[region].row_bytes / page_bytes_;
-  const std::size_t capacity = pages_for(region, config_.max_seq_len);
   // Own memory behind the tokens; and memory or a guard behind the slack.
   const std::size_t owned = pages_for(region, target.tokens);
   const std::size_t covered = target.tokens == 0 ? 0 : pages_for(region, target.tokens + slack);
@@ -47,7 +46,8 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
         back_to =
             std::max(back_to, end + (std::size_t{1} << order_within(run.pages() / kGrowthShare)));
       }
-      back_to = std::min(back_to, capacity);
+      const std::int64_t most = most_tokens(target.slot, target.tokens);
+      back_to = std::min(back_to, pages_for(region, most + slack));
     }
     if (covered > back_to && back_to == front) ++back_to;  // a guard lies behind a mapping
   }
@@ -376,7 +376,8 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
       slot.tail_back = false;
     }
     const std::size_t before = growth.changes.size();
-    const Target target{i, std::min(lengths_[i] + config_.lookahead_tokens, config_.max_seq_len)};
+    const Target target{
+        i, std::min(lengths_[i] + config_.lookahead_tokens, most_tokens(i, lengths_[i]))};
     for (std::uint32_t r = 0; r < config_.regions.size(); ++r) {
       plan_run(growth, target, r, Generosity::ahead);
     }

@@ -15,7 +15,7 @@ from vattention.attention.torch_flash import as_one_sequence, slot_starts
 
 __all__ = ["TorchEfficient"]
 
-_ACCUMULATED_IN_REGISTERS = 128
+_ACCUMULATED_IN_REGISTERS = 128  # up to this head, K's or V's, whichever is the larger
 _NO_MASK, _CAUSAL_FROM_BOTTOM_RIGHT = 0, 2
 
 
@@ -87,9 +87,8 @@ class TorchEfficient(Backend):
             ]
             output = torch.stack(parts, dim=2)
         output = output.flatten(1, 2)
-        if (
-            v.shape[3] > _ACCUMULATED_IN_REGISTERS
-        ):  # where there was nothing to see, it wrote nothing
+        if max(q.shape[2], v.shape[3]) > _ACCUMULATED_IN_REGISTERS:
+            # Where there was nothing to see, it wrote nothing.
             empty = batch.derived("empty", lambda: (batch.lengths == 0)[batch.query_rows])
             output = output.masked_fill(empty[:, None, None], 0)
         return output
