@@ -18,6 +18,9 @@ with a reference in float64. A measurement is in two parts:
   that what is compared was timed in the same repetitions. Ratios are of those pairs; the best of a
   kind is the one with the lowest median here.
 
+sustained: in prefill, each arm of the contest by itself for a while, with the device's clock and
+power meanwhile. In turns, each runs at the clock that the power of all of them has left.
+
 host: how long a call takes to return. Where that is more than the time on the device, a gap may be
 part of the time. The floor is, in decode, the bytes of K and V over the faster of a copy (read and
 written) and of reading; in prefill, the operations below the diagonal over the rate of a large
@@ -48,6 +51,7 @@ from .common import (
     alternate,
     clock_us,
     describe_layout,
+    device_state,
     heading,
     llama3_8b,
     measure_bandwidth,
@@ -69,6 +73,7 @@ GROUP = 4  # query heads of one KV head
 TOLERANCE = 1e-2  # of a row's norm
 FAR_BEHIND = 2.5  # times the fastest
 KEPT = 2  # of each kind for the contest
+SUSTAINED_US = 300e3  # after which clocks are where power and heat let them be
 
 DEFAULT = "balanced"
 ORDERS = (DEFAULT, "layer", "token")
@@ -655,6 +660,8 @@ def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list
         }
         for arm in arms
     }
+    if context.cuda and not decode:
+        result["sustained"] = {arm.name: _sustain(context, result, arm) for arm in arms}
     auto = next((arm.name for arm in arms if arm.kernel == "auto"), None)
     result["claims"] = [
         {
@@ -687,6 +694,25 @@ def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list
         },
     )
     print(f"auto: {result['auto']}; " + "; ".join(f"best {of}: {n}" for of, n in found.items()))
+
+
+def _sustain(context: Context, result: Mapping[str, Any], arm: _Arm) -> dict[str, Any]:
+    """One arm again and again, and what the device's clock and power are meanwhile."""
+    once_us = time_device_us(context, arm.work)
+    for _ in range(math.ceil(SUSTAINED_US / once_us)):
+        arm.work()
+    context.synchronize()
+    samples = [time_device_us(context, arm.work) for _ in range(5)]
+    for _ in range(math.ceil(2 * SUSTAINED_US / once_us)):
+        arm.work()
+    end = torch.cuda.Event()
+    end.record()
+    state = device_state()
+    if end.query():
+        state = None  # of an idle device
+    context.synchronize()
+    us = quantile(samples, 0.5)
+    return {"us": us, "rate": _rate(result, us)} | (state or {})
 
 
 def _claimed(

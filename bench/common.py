@@ -334,6 +334,19 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
+def device_state() -> dict[str, Any] | None:
+    """The GPU's clock, power, and whether that is what holds the clock back, at this moment."""
+    names = ("clocks.sm", "power.draw", "clocks_event_reasons.sw_power_cap")
+    found = _output_of(
+        "nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"
+    )
+    try:
+        clock, power, capped = (found or "").splitlines()[0].split(", ")
+        return {"sm_mhz": int(clock), "watts": float(power), "power_capped": capped == "Active"}
+    except (IndexError, ValueError):  # no such program, or it does not know
+        return None
+
+
 def _driver_version() -> str | None:
     found = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if found:
