@@ -621,7 +621,7 @@ def _finalists(
 
 def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list[_Arm]) -> None:
     decode = shape.phase == "decode"
-    repetitions = context.pick(50 if decode else 16, 5, 12 if context.cuda else 3)
+    repetitions = context.pick(120 if decode else 16, 5, 12 if context.cuda else 3)
     samples = _time(context, arms, repetitions, warmup=3 if decode else 1)
     us = {arm.name: samples[arm.name]["us"] for arm in arms}
     median = {name: quantile(taken, 0.5) for name, taken in us.items()}
