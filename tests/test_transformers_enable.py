@@ -702,13 +702,17 @@ class Watch(transformers.LogitsProcessor):
         return scores
 
 
-def test_memory_is_the_tokens_own_and_a_page_for_each_sequence_and_region(device):
+@pytest.mark.parametrize(("order", "regions"), [("balanced", 2), ("token", 1), ("layer", 4)])
+def test_memory_is_the_tokens_own_and_a_page_for_each_sequence_and_region(device, order, regions):
     model = build("llama", device)
-    with enabled(model, pool=exact_pool(device)) as engine:
+    inputs = prompts([100, 3, 40], device)
+    before = generate(model, inputs, max_new_tokens=20).tolist()
+    with enabled(model, pool=exact_pool(device), order=order) as engine:
+        assert generate(model, inputs, max_new_tokens=20).tolist() == before
         watch = Watch(engine)
-        inputs = prompts([100, 3, 40], device)
         generate(model, inputs, max_new_tokens=300, logits_processor=[watch])
-        pages = 3 * engine.groups[0].kv.layout.num_regions
+        assert engine.groups[0].kv.layout.num_regions == regions
+        pages = 3 * regions
     assert len(watch.bytes) == 300
     for step, (mapped, used) in enumerate(watch.bytes):
         assert used == (143 + 3 * step) * token_bytes(engine)
@@ -1215,6 +1219,7 @@ def test_model_without_a_head_is_refused():
         {"memory": "lots"},
         {"memory": "64MiB", "pool": "a pool"},
         {"pool": "a pool"},
+        {"order": "sideways"},
         {"backend": "fast"},
         {"backend": "torch_efficient"},
         {"graphs": 1},

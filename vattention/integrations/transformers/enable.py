@@ -10,6 +10,7 @@ from vattention.errors import ConfigError
 from vattention.integrations.transformers.engine import Engine
 from vattention.integrations.transformers.inspection import inspect_model
 from vattention.integrations.transformers.ragged import RaggedCache
+from vattention.layout import Order
 
 __all__ = ["disable", "enable", "new_cache", "release"]
 
@@ -21,6 +22,7 @@ def enable(
     max_seq_len: int | None = None,
     memory: int | str | None = None,
     pool: Pool | None = None,
+    order: Order = "balanced",
     backend: str = "auto",
     graphs: bool = True,
     compile: bool = True,
@@ -43,6 +45,8 @@ def enable(
             Addresses only: it costs no memory.
         memory: budget in bytes or as "60GiB"; by default what the device has free now.
         pool: draw on this pool instead.
+        order: what lies beside what, see `KVLayout`: "balanced" is as fast as there is, "token"
+            takes the least memory where sequences are short, for some per cent of decode's speed.
         backend: the attention backend, see `vattention.attention`.
         graphs: replay decode steps as CUDA graphs.
         compile: compile the decoder layers of the graphs, which takes some seconds at the first
@@ -82,6 +86,7 @@ def enable(
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         pool=pool,
+        order=order,
         backend=backend,
         graphs=graphs,
         compile=compile,

@@ -37,6 +37,7 @@ from vattention.integrations.transformers.inspection import (
 )
 from vattention.integrations.transformers.ragged import RaggedCache
 from vattention.integrations.transformers.stopping import defer_stop_checks
+from vattention.layout import Order
 
 __all__ = ["Engine"]
 
@@ -82,6 +83,7 @@ class Engine:
         max_batch_size: int,
         max_seq_len: int,
         pool: Pool,
+        order: Order,
         backend: str,
         graphs: bool,
         compile: bool,
@@ -106,7 +108,7 @@ class Engine:
         self.groups: list[Group] = []
         self.places: list[tuple[int, int]] = []
         self._attentions: list[Attention] = []
-        self._make_groups(specs, backend)
+        self._make_groups(specs, order, backend)
         self.order = operator.handle(self.number, 0)
         self.stand_in = RaggedCache(self)  # has no rows
         self.compiled = compilable(model) if compile else []
@@ -125,7 +127,7 @@ class Engine:
 
     # ---- memory ----
 
-    def _make_groups(self, specs: list[LayerSpec], backend: str) -> None:
+    def _make_groups(self, specs: list[LayerSpec], order: Order, backend: str) -> None:
         slack = max(tail_slack_tokens(spec.dtype, self.device, backend) for spec in specs)
         kinds: dict[tuple[object, ...], list[int]] = {}
         for layer, spec in enumerate(specs):
@@ -141,6 +143,7 @@ class Engine:
                 head_dim=spec.head_dim,
                 v_head_dim=None if spec.v_head_dim == spec.head_dim else spec.v_head_dim,
                 dtype=spec.dtype,
+                order=order,
             )
             with torch.inference_mode(False):
                 kv = KVAllocator(
