@@ -68,7 +68,10 @@ class _Stopwatch(LogitsProcessor):
 def generate_batch(
     model: Any, batch: Batch, cache: Any, new_tokens: int, tell: Callable[[int], None]
 ) -> Run:
-    """Greedy `generate()` of exactly `new_tokens`; `tell` gets the number of each step."""
+    """Greedy `generate()` of exactly `new_tokens`; `tell` gets the number of each step.
+
+    A cache of None: the model makes one.
+    """
     watch = _Stopwatch(model.device, tell)
     output = model.generate(
         batch.input_ids,

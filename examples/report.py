@@ -23,14 +23,23 @@ class Comparison:
     """What part 1 found."""
 
     batch: Batch
-    stock: list[Run]
-    ours: list[Run]
+    runs: dict[str, list[Run]]
+    """By contender, the stock cache's first."""
     stock_size: StockSize
     our_size: OurSize
+    enabled_peak: int | None
+    """Physical memory of an enabled model's cache, in bytes; None: it could not be enabled."""
+    refusal: str | None
+    """Why not."""
+
+    def agrees(self, name: str) -> bool:
+        """Whether every run of that contender gave what the stock cache's first one did."""
+        expected = next(iter(self.runs.values()))[0].tokens
+        return all(torch.equal(run.tokens, expected) for run in self.runs[name])
 
     @property
     def agree(self) -> bool:
-        return all(torch.equal(run.tokens, self.stock[0].tokens) for run in self.stock + self.ours)
+        return all(map(self.agrees, self.runs))
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ def print_header(
 
 def print_comparison(found: Comparison) -> None:
     rows, width = found.batch.input_ids.shape
+    stock, *others = found.runs
 
     def prefill(runs: list[Run]) -> str:
         rate = found.batch.num_tokens / statistics.median(run.prefill_s for run in runs)
@@ -104,28 +114,40 @@ def print_comparison(found: Comparison) -> None:
         steps = [seconds for run in runs for seconds in run.steps_s]
         return f"{rows / statistics.median(steps):,.0f}" if steps else "nan"
 
+    def verdict(name: str) -> str:
+        if not found.agrees(name):
+            return "DIFFER"
+        return "" if name == stock else "agree"
+
     size = found.stock_size
     _print_table(
         f"{rows} prompts, padded to one batch",
-        ("DynamicCache", "VAttentionCache"),
+        list(found.runs),
         [
-            ("prefill, prompt tokens/s", prefill(found.stock), prefill(found.ours)),
-            ("decode, tokens/s", decode(found.stock), decode(found.ours)),
-            ("old K and V copied per step, MiB", mib(size.held), mib(0)),
-            ("tokens", "", "agree" if found.agree else "DIFFER"),
+            ("prefill, prompt tokens/s", *map(prefill, found.runs.values())),
+            ("decode, tokens/s", *map(decode, found.runs.values())),
+            ("old K and V copied per step, MiB", mib(size.held), *(mib(0) for _ in others)),
+            ("tokens", *map(verdict, found.runs)),
         ],
     )
-    old_tokens = found.ours[0].tokens.shape[1] - 1  # the last one's K and V are never computed
+    if found.refusal is not None:
+        print(f"  without enable(model): {' '.join(found.refusal.split())}\n")
+    old_tokens = found.runs[stock][0].tokens.shape[1] - 1  # the last K and V are never computed
     own = (found.batch.num_tokens + rows * old_tokens) * size.token
     padded = rows * (width + old_tokens) * size.token
+    ours = [
+        ("VAttentionCache: addresses reserved", mib(found.our_size.reserved)),
+        ("VAttentionCache: physical memory, peak", mib(found.our_size.peak)),
+    ]
+    if found.enabled_peak is not None:
+        ours.append(("enable(model): physical memory, peak", mib(found.enabled_peak)))
     _print_table(
         "memory of that batch",
         ("MiB",),
         [
             ("the tokens' own K and V", mib(own)),
             ("  with the left padding of generate()", mib(padded)),
-            ("VAttentionCache: addresses reserved", mib(found.our_size.reserved)),
-            ("VAttentionCache: physical memory, peak", mib(found.our_size.peak)),
+            *ours,
             ("DynamicCache: tensors", mib(size.held)),
             ("DynamicCache: while it concatenates", mib(size.held + size.largest_tensor)),
             ("StaticCache: preallocated", mib(rows * size.static_row)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -56,7 +57,11 @@ def test_generate_shows_that_tokens_agree_and_draws_the_memory_map(
     )
     printed = capsys.readouterr().out
     assert status == 0
-    assert "agree" in printed and "DIFFER" not in printed
+    assert re.search(r"DynamicCache +VAttentionCache +enable\(model\)$", printed, re.MULTILINE)
+    assert re.search(r"^ +tokens +agree +agree$", printed, re.MULTILINE)
+    assert "DIFFER" not in printed and "without enable(model)" not in printed
+    # It was our cache that an enabled model generated with.
+    assert float(re.search(r"enable\(model\): physical memory, peak +([\d.]+)", printed)[1]) > 0
     assert "4 of 4 answers agree" in printed
     for figure in ("memory_map.png", "memory_map_1200.png"):
         assert (tmp_path / figure).read_bytes().startswith(PNG)
@@ -85,6 +90,56 @@ def test_generate_runs_another_model_with_its_own_tokenizer(generate, capsys, tm
     )
     assert status == 0
     assert "4 of 4 answers agree" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with a model of bytes that takes no time."""
+    config = transformers.LlamaConfig(
+        vocab_size=258,  # the shipped model's: 256 bytes and two more
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_generate_leaves_enable_out_where_it_refuses_the_model(
+    generate, tiny, capsys, tmp_path, monkeypatch
+):
+    import vattention
+
+    def refuse(model: object, **_: object) -> None:
+        raise vattention.ConfigError("enable() cannot serve it:\nit has a mind of its own")
+
+    monkeypatch.setattr("generate.enable", refuse)
+    status = generate("--model", tiny, "--batch", 2, "--max-new-tokens", 2, "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "without enable(model): enable() cannot serve it: it has a mind of its own\n" in printed
+    assert re.search(r"DynamicCache +VAttentionCache$", printed, re.MULTILINE)
+    assert re.search(r"^ +tokens +agree$", printed, re.MULTILINE)
+    assert "enable(model): physical memory" not in printed
+
+
+def test_generate_fails_and_says_whose_tokens_differ(generate, tiny, capsys, tmp_path, monkeypatch):
+    module = importlib.import_module("generate")
+    original = module.generate_batch
+
+    def err_where_enabled(model, batch, cache, *rest):
+        run = original(model, batch, cache, *rest)
+        return dataclasses.replace(run, tokens=run.tokens + (cache is None))
+
+    monkeypatch.setattr(module, "generate_batch", err_where_enabled)
+    status = generate("--model", tiny, "--batch", 2, "--max-new-tokens", 2, "--out", tmp_path)
+    printed, error = capsys.readouterr()
+    assert status == 1
+    assert re.search(r"^ +tokens +agree +DIFFER$", printed, re.MULTILINE)
+    assert "error: the tokens are not the same everywhere\n" in error
 
 
 @pytest.mark.parametrize(
