@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import itertools
+import pickle
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ from vattention.integrations.transformers import (  # noqa: E402
     new_cache,
     operator,
     release,
+    views,
 )
 from vattention.integrations.transformers.ragged import RaggedCache  # noqa: E402
 
@@ -113,6 +115,11 @@ def make_model(
 
 
 build = functools.cache(make_model)
+
+
+def small(seed: int = 0) -> Any:
+    """A model of one layer, which is compiled in less time."""
+    return make_model("llama", seed=seed, num_hidden_layers=1)
 
 
 def page_bytes(device: str) -> int:
@@ -1498,6 +1505,156 @@ def test_linears_that_are_more_than_linears_are_left_alone(adapt):
     assert state_of(model) == state
 
 
+# The configs of its modules
+
+
+def llava() -> Any:
+    """A model with a part beside the text's that attends, and has a config of its own."""
+    torch.manual_seed(0)
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 1}),
+        vision_config=transformers.CLIPVisionConfig(intermediate_size=48, patch_size=14, **vision),
+        image_token_index=VOCAB - 1,
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def configs_of(model: Any) -> list[Any]:
+    return [module.config for module in model.modules() if hasattr(module, "config")]
+
+
+def assert_same_objects(found: list[Any], wanted: list[Any]) -> None:
+    assert [id(each) for each in found] == [id(each) for each in wanted]
+
+
+def test_configs_are_as_before_while_enabled():
+    model = make_model("gpt2")  # some of its attributes have two names
+    config, before = model.config, configs_of(model)
+    text, size = repr(config), config.hidden_size
+    with enabled(model):
+        assert model.config is config and type(config) is transformers.GPT2Config
+        inner = model.transformer.config
+        assert inner is model.transformer.h[0].attn.config is not config
+        assert isinstance(inner, transformers.GPT2Config)
+        assert inner == config and config == inner and inner != transformers.GPT2Config()
+        assert repr(inner) == repr(config) == text and list(inner) == list(config)
+        assert inner.to_json_string(use_diff=False) == config.to_json_string(use_diff=False)
+        assert inner._attn_implementation == config._attn_implementation == "sdpa"
+        assert inner.hidden_size == inner.n_embd == size
+        for one, other in ((inner, config), (config, inner)):
+            one.hidden_size, one.anything = 7, 3
+            assert other.hidden_size == other.n_embd == one.n_embd == 7 and other.anything == 3
+            other.n_embd = size
+            del other.anything
+            assert one.hidden_size == size and not hasattr(one, "anything")
+            with pytest.raises(Exception, match="vocab_size"):
+                one.vocab_size = "many"
+        for made in (copy.copy(inner), copy.deepcopy(inner), pickle.loads(pickle.dumps(inner))):
+            assert type(made) is transformers.GPT2Config and made == config
+            made.n_embd = 5
+            assert config.n_embd == inner.n_embd == size
+    assert_same_objects(configs_of(model), before)
+    assert repr(config) == text
+
+
+def test_configs_in_configs_are_told_of_too(compiler):
+    model = llava()
+    inputs, before = prompts([20, 5], "cpu"), configs_of(model)
+    expected, text = generate(model, inputs, max_new_tokens=6).tolist(), repr(model.config)
+    with enabled(model):
+        inner, part = model.model.config, model.config.text_config
+        assert inner.text_config is model.model.language_model.config is inner.get_text_config()
+        assert inner.text_config is not part and inner.text_config == part
+        assert repr(inner) == repr(model.config) == text
+        call = torch.compile(model, backend=compiler, fullgraph=True)
+        for each in (call, model):
+            assert last(loop(each, new_cache(model), inputs, 6)) == expected
+        inner.text_config = other = transformers.LlamaConfig()
+        assert inner.text_config is model.config.text_config is other
+        model.config.text_config = part
+        assert inner.text_config is model.model.language_model.config
+    assert_same_objects(configs_of(model), before)
+
+
+def test_attributes_of_layers_are_not_read_from_all_of_them():
+    if not hasattr(transformers.LlamaConfig, "per_layer_config"):
+        pytest.skip("configs of this transformers are the same for all layers")
+    model = torch.nn.Sequential(torch.nn.Identity())
+    config = transformers.LlamaConfig(per_layer_config={0: {"intermediate_size": 24}})
+    model[0].config = config
+    replaced = views.replace_configs(model, views.Override("other"))
+    assert model[0].config._attn_implementation == "other"
+    with pytest.raises(RuntimeError, match="per-layer"):
+        model[0].config.intermediate_size  # noqa: B018
+    views.restore_configs(replaced)
+    assert model[0].config is config
+
+
+def test_config_that_somebody_gave_a_module_stays():
+    model, other = make_model("llama"), CONFIGS["llama"]()
+    config = model.config
+    with enabled(model):
+        model.model.layers[0].self_attn.config = other
+    assert model.model.layers[0].self_attn.config is other
+    assert model.model.layers[1].self_attn.config is model.model.config is config
+
+
+@pytest.mark.parametrize("make", [small, llava])
+def test_attention_may_be_chosen_while_enabled(make):
+    model = make()
+    text, inputs = repr(model.config), prompts([12, 5], "cpu")
+    before = generate(model, inputs).tolist()
+    parts, held = list(model.config.sub_configs), configs_of(model)
+    with enabled(model):
+        choose = model.set_attn_implementation
+        for choice in ("eager", {"": "eager", **dict.fromkeys(parts, "sdpa")}):
+            wanted = [choice] * 3 if isinstance(choice, str) else list(choice.values())
+            choose(choice)
+            configs = [model.config] + [getattr(model.config, part) for part in parts]
+            found = [config._attn_implementation for config in configs]
+            assert found == wanted[: len(found)]
+            assert {config._attn_implementation for config in configs_of(model)} == set(found)
+            assert last(loop(model, new_cache(model), inputs, 40)) == before
+    assert "set_attn_implementation" not in vars(model)
+    assert {config._attn_implementation for config in held} == set(found)
+    choose("sdpa")  # kept by somebody
+    assert_same_objects(configs_of(model), held)
+    assert repr(model.config) == text
+
+
+@torch.no_grad()
+def test_other_model_of_the_same_config_runs_as_before_also_meanwhile():
+    config = CONFIGS["llama"]()
+    model, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    ids = prompts([12], "cpu")["input_ids"]
+    expected, logits = generate(model, {"input_ids": ids}).tolist(), []
+    before = other(input_ids=ids).logits
+    hook = model.model.layers[0].register_forward_hook(
+        lambda *_: logits.append(other(input_ids=ids).logits)
+    )
+    with enabled(model):
+        assert generate(model, {"input_ids": ids}).tolist() == expected
+        with enabled(other):
+            assert generate(other, {"input_ids": ids}).shape == (1, 52)
+            assert generate(model, {"input_ids": ids}).tolist() == expected
+    hook.remove()
+    assert len(logits) == 80 + 1
+    for each in logits:
+        torch.testing.assert_close(each, before)
+
+
+def test_model_made_of_a_config_of_an_enabled_one_may_be_enabled():
+    model, inputs = make_model("llama"), prompts([12, 5], "cpu")
+    with enabled(model):
+        torch.manual_seed(1)
+        other = transformers.LlamaForCausalLM(model.model.config).eval()
+        held = configs_of(other)
+        assert_as_before(other, inputs)
+        assert_same_objects(configs_of(other), held)
+    assert_as_before(other, inputs)
+
+
 # Compilers and graphs
 
 
@@ -1592,11 +1749,6 @@ def loop(call: Any, cache: Any, inputs: dict[str, Any], steps: int) -> Iterator[
 
 def last(tokens: Iterator[list[list[int]]]) -> list[list[int]]:
     return list(tokens)[-1]
-
-
-def small(seed: int = 0) -> Any:
-    """A model of one layer, which is compiled in less time."""
-    return make_model("llama", seed=seed, num_hidden_layers=1)
 
 
 @pytest.mark.parametrize(("name", "masked"), [("llama", True), ("gemma2", False)])
@@ -1835,8 +1987,8 @@ def test_compiler_that_does_not_see_whose_attention_it_is_is_found_out(compiler,
     before = generate(model, inputs).tolist()
     with enabled(model) as engine:
         cache = new_cache(model)
-        # The config says nothing, as where a compiler reads what it was before.
-        monkeypatch.setattr(engine, "_configs", [])
+        # Its config says nothing, as where a compiler reads what it was before.
+        monkeypatch.setattr(model.model.layers[0].self_attn, "config", model.config)
         call = torch.compile(model, backend=compiler, fullgraph=True)
         with torch.no_grad(), pytest.raises(va.ConfigError, match="do not compile it"):
             call(input_ids=inputs["input_ids"], past_key_values=cache)
@@ -1951,9 +2103,11 @@ def test_enabled_model_is_collected(device):
     generate(model, prompts([12, 5], device))
     engine = model._vattention_engine
     held = [weakref.ref(each) for each in (model, engine, engine.pool, engine.groups[0].kv)]
+    configs = configs_of(model)  # hold none of it
     del model, engine
     gc.collect()
     assert [each() for each in held] == [None] * len(held)
+    assert configs[0] == configs[-1]
 
 
 def test_ended_generation_needs_no_collection():

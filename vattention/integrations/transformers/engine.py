@@ -29,14 +29,15 @@ from vattention.integrations.transformers.fuse import (
     plain_linears,
     unmerge_linears,
 )
-from vattention.integrations.transformers.inspection import (
-    LayerSpec,
-    attention_configs,
-    implementation,
-    reads_positions,
-)
+from vattention.integrations.transformers.inspection import LayerSpec, reads_positions
 from vattention.integrations.transformers.ragged import RaggedCache
 from vattention.integrations.transformers.stopping import defer_stop_checks
+from vattention.integrations.transformers.views import (
+    Override,
+    replace_configs,
+    restore_configs,
+    restored,
+)
 from vattention.layout import Order
 
 __all__ = ["Engine"]
@@ -56,6 +57,8 @@ _KNOWN = {
 # sliding windows come with the second.
 _DEFAULT_CACHES = (None, "hybrid", "dynamic")
 _GENERATE_KNOWN = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# Methods of a model that compare its config with those of its modules, by `is` and by class.
+_COMPARE_CONFIGS = ("set_attn_implementation", "set_experts_implementation")
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,9 @@ class Engine:
         self.pool = pool
         self.device = pool.device
         self.graphs = graphs and not reads_positions(model)
-        self.is_running = False
         self._model = model
         self.number = operator.register(self)
-        self._configs = attention_configs(model)
+        self._override = Override()
         self._original = model.forward
         self._prepare_cache = model._prepare_cache_for_generation
         signature = inspect.signature(model.forward)
@@ -210,12 +212,16 @@ class Engine:
 
     def call_model(self, **inputs: Any) -> Any:
         """The model's own forward, with the attention of the step that was set."""
-        self.is_running = True
+        self._override.name = operator.IMPLEMENTATION
         try:
-            with implementation(self._configs, operator.IMPLEMENTATION):
-                return self._original(**inputs, use_cache=True, return_dict=True)
+            return self._original(**inputs, use_cache=True, return_dict=True)
         finally:
-            self.is_running = False
+            self._override.name = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the model's own forward runs, with our attention."""
+        return self._override.name is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's `forward` is while it is enabled."""
@@ -433,15 +439,29 @@ class Engine:
         def prepare_cache(*args: Any, **kwargs: Any) -> Any:
             return self.prepare_cache(*args, **kwargs)
 
-        own = {
+        self._own = {
             "forward": forward,
             "_prepare_cache_for_generation": prepare_cache,
             "_vattention_engine": self,
         }
+        for name in _COMPARE_CONFIGS:
+            if hasattr(model, name):
+                self._own[name] = self._with_configs(getattr(model, name))
         # Others may have put theirs there before, as accelerate does.
-        self._replaced = {name: vars(model)[name] for name in own if name in vars(model)}
-        for name, value in own.items():
+        self._replaced = {name: vars(model)[name] for name in self._own if name in vars(model)}
+        for name, value in self._own.items():
             setattr(model, name, value)
+        self._views = replace_configs(model, self._override)
+
+    def _with_configs(self, method: Any) -> Any:
+        """A method that finds configs in the modules, no views."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with restored(self._views):
+                return method(*args, **kwargs)
+
+        return call
 
     def prepare_cache(
         self,
@@ -489,7 +509,9 @@ class Engine:
 
     def uninstall(self) -> None:
         """Leaves the model as it was; caches that it made are of no use any more."""
-        for name in ("forward", "_prepare_cache_for_generation", "_vattention_engine"):
+        restore_configs(self._views)
+        self._views = []
+        for name in self._own:
             vars(self._model).pop(name, None)
         for name, value in self._replaced.items():
             setattr(self._model, name, value)

@@ -1,15 +1,14 @@
 """What a model's attention does, found out by running it once.
 
-Two tokens go through the model with an attention that notes what it is given. A model is supported
-if every layer hands what the cache's `update` returned straight to its attention, once: then its K
-and V can stay where they were written. Its masks are replaced by lengths and windows, so what its
-config says of masks must be what its attention was told of windows.
+Two tokens go through the model with an attention that notes what it is given; modules are told of
+it as they are of ours later. A model is supported if every layer hands what the cache's `update`
+returned straight to its attention, once: then its K and V can stay where they were written. Its
+masks are replaced by lengths and windows, so what its config says of masks must be what its
+attention was told of windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,10 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from vattention.attention import Options
 from vattention.errors import ConfigError
+from vattention.integrations.transformers.views import Override, replace_configs, restore_configs
 
 __all__ = [
     "LayerSpec",
-    "attention_configs",
-    "implementation",
     "inspect_model",
     "reads_positions",
 ]
@@ -52,32 +50,6 @@ class LayerSpec:
     dtype: torch.dtype
     device: torch.device
     options: Options
-
-
-def attention_configs(model: Any) -> list[Any]:
-    """Every config that says which attention some part of a model takes."""
-    configs = {
-        id(module.config): module.config
-        for module in model.modules()
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
-    }
-    return list(configs.values())
-
-
-@contextmanager
-def implementation(configs: list[Any], name: str) -> Iterator[None]:
-    """Lets attention be the one of that name, for a while.
-
-    The attribute is written to directly: its setter also visits every part of a config.
-    """
-    before = [config._attn_implementation_internal for config in configs]
-    for config in configs:
-        config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation_internal = old
 
 
 class _Notes(Cache):
@@ -193,9 +165,10 @@ def inspect_model(model: Any) -> list[LayerSpec]:
         )
     device = model.device
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    replaced = replace_configs(model, Override(_INSPECTION))
     notes = _notes = _Notes()
     try:
-        with torch.no_grad(), implementation(attention_configs(model), _INSPECTION):
+        with torch.no_grad():
             model(
                 input_ids=tokens,
                 position_ids=torch.arange(2, device=device)[None],
@@ -205,6 +178,7 @@ def inspect_model(model: Any) -> list[LayerSpec]:
     except Exception as error:
         raise ConfigError(f"enable() cannot serve {name}: it fails with {error!r}") from error
     finally:
+        restore_configs(replaced)
         _notes = None
     notes.problems += _unmasked(model, notes.specs)
     missing = set(notes.returned) - set(notes.specs)
