@@ -2020,13 +2020,6 @@ def test_compiled_model_on_a_gpu_equals_before(mode):
     before = generate(model, inputs, max_new_tokens=30).tolist()
     with enabled(model):
         call = torch.compile(model, fullgraph=True, mode=mode)
-        try:
-            next(loop(call, new_cache(model), inputs, 1))
-        except va.ConfigError as error:
-            # That it is told, and that nothing is left of it, is all there is to see.
-            assert "compiled this model so that its attention" in str(error)
-            assert generate(model, inputs, max_new_tokens=30).tolist() == before
-            pytest.skip(str(error))
         for _ in range(2):
             assert last(loop(call, new_cache(model), inputs, 30)) == before
     torch._dynamo.reset()

@@ -117,10 +117,10 @@ def new_cache(model: Any, *, expected_tokens: int = 0) -> RaggedCache:
 
     The model may be compiled, all of it: `torch.compile(model, fullgraph=True)`. There is one
     graph for prompts of a shape and one for decode steps, however the cache grows. (Tried with
-    torch 2.13; 2.11 does not see that the attention is another one, which is told.) With an
-    `attention_mask`, padding is computed there, but neither stored nor seen; its logits mean
-    nothing. A call that cannot be served is told as compilers do with `fullgraph=True`, and raises
-    its `ConfigError` without. `generate()` needs no compiling: its own decode steps are faster.
+    torch 2.11 and 2.13.) With an `attention_mask`, padding is computed there, but neither stored
+    nor seen; its logits mean nothing. A call that cannot be served is told as compilers do with
+    `fullgraph=True`, and raises its `ConfigError` without. `generate()` needs no compiling: its own
+    decode steps are faster.
 
     Args:
         model: an enabled one.
