@@ -183,7 +183,7 @@ def test_no_step_waits_when_sequences_grow_by_a_token_at_a_time(device: str) -> 
 @on_every_device
 def test_nothing_is_mapped_ahead_of_what_a_sequence_is_expected_to_need(device: str) -> None:
     most = 65 * TOKENS_PER_PAGE  # long enough for growth to be more than a page at a time
-    rig = Rig(device, budget_pages=600, max_seq_len=2 * most)
+    rig = Rig(device, slots=2, budget_pages=600, max_seq_len=2 * most)
     kv = rig.kv
     told = kv.allocate(most - TOKENS_PER_PAGE, expected_tokens=most)
     other = kv.allocate(most - TOKENS_PER_PAGE)
@@ -206,7 +206,7 @@ def test_nothing_is_mapped_ahead_of_what_a_sequence_is_expected_to_need(device: 
     # The next one in that slot is another.
     slot = told.slot
     told.free()
-    again = kv.allocate(4 * most // 3, expected_tokens=0)
+    again = kv.allocate(4)
     assert again.slot == slot
     before = rig.pages(again)
     kv.step({again: before * TOKENS_PER_PAGE - 1})
@@ -774,6 +774,32 @@ def test_watermarks_that_meet_do_not_fight() -> None:
         time.sleep(0.001)
     assert idle_pages() == (4, 0)
     assert rig.calls("create") == creates
+
+
+def test_giving_memory_back_ends_though_the_thread_keeps_the_pool_filled() -> None:
+    """What goes to the driver would come back at once, for as long as a fence does not pass."""
+    rig = Rig(low_watermark=20, high_watermark=400)
+    rig.kv.close()
+    rig.kv = va.KVAllocator(
+        rig.layout, max_sequences=4, max_seq_len=64, pool=rig.pool, fence_timeout_s=0.05
+    )
+
+    def is_filled() -> bool:
+        return rig.pool.stats().free_bytes >= 20 * rig.page
+
+    sequence = rig.kv.allocate(40)
+    until(is_filled, "the pool is filled")
+    rig.backend.hold_fences()
+    sequence.free()
+    Call(rig.pool.reclaim).finish()
+    until(is_filled, "the pool is filled again")
+    with pytest.raises(va.OutOfPages, match="did not finish in time"):
+        Call(lambda: rig.pool.set_budget(10 * rig.page)).finish()
+    until(is_filled, "the pool is filled again")
+    rig.backend.release_fences()
+    rig.pool.set_budget(10 * rig.page)
+    assert rig.pool.stats().held_bytes <= 10 * rig.page
+    rig.kv.check()
 
 
 @pytest.mark.parametrize("gain", ["budget", "memory", "slot"])

@@ -328,7 +328,8 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
       if (!vacate_holed(lock, static_cast<std::uint32_t>(first), count)) break;
     } else if (std::any_of(slots_.begin(), slots_.end(), being_emptied)) {
       pool_->wait_for_change(lock);
-    } else if (!pool_->collect(lock) && !(late_slots() > 0 && wait_for_a_fence(lock))) {
+    } else if (!pool_->collect(lock) &&
+               !(late_slots() > 0 && wait_for_a_fence(lock, fence_deadline()))) {
       throw_out_of_slots(count);
     }
   }
@@ -608,11 +609,13 @@ bool Allocator::any_fence_pending() const noexcept {
          });
 }
 
+std::chrono::steady_clock::time_point Allocator::fence_deadline() const {
+  return std::chrono::steady_clock::now() + std::chrono::milliseconds(config_.fence_timeout_ms);
+}
+
 // Waits, without the lock, until what some freed slot waits for has passed. False where nothing is
-// waited for.
-bool Allocator::wait_for_a_fence(Lock& lock) {
-  const auto deadline =
-      std::chrono::steady_clock::now() + std::chrono::milliseconds(config_.fence_timeout_ms);
+// waited for, and when it is too late.
+bool Allocator::wait_for_a_fence(Lock& lock, std::chrono::steady_clock::time_point deadline) {
   const std::uint64_t gains = pool_->gains();
   while (!closed_ && any_fence_pending()) {
     if (pool_->collect(lock) || pool_->a_fence_passed()) return true;

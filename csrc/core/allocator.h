@@ -238,7 +238,8 @@ class Allocator {
   // Throws BackendFailure where the driver cannot say whether a fence has passed: no wait would
   // end.
   void require_answers() const;
-  bool wait_for_a_fence(Lock& lock);
+  [[nodiscard]] std::chrono::steady_clock::time_point fence_deadline() const;
+  bool wait_for_a_fence(Lock& lock, std::chrono::steady_clock::time_point deadline);
 
   // Growth (growth.cpp).
   // `readers`: whether kernels on the stream may be reading behind the targets' tokens.

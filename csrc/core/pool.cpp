@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <string>
 #include <utility>
 
@@ -375,7 +376,7 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
   if (late != allocators_.end()) {  // it looks at the fences of all
     Allocator* allocator = *late;
     const Use use(*this, *allocator);
-    if (allocator->wait_for_a_fence(lock)) return true;
+    if (allocator->wait_for_a_fence(lock, allocator->fence_deadline())) return true;
   }
   Work work;
   std::vector<Unmapping> unmappings;
@@ -414,15 +415,29 @@ std::size_t Pool::give_back_idle(Lock& lock) {
   return shrink(lock, 0);
 }
 
+// While it lives, under the lock, the background thread does not refill the pool.
+struct Pool::GivingBack {
+  explicit GivingBack(Pool& of) noexcept : pool(of) { ++pool.giving_back_; }
+  ~GivingBack() {
+    if (--pool.giving_back_ == 0 && pool.mapper_ != nullptr) pool.mapper_->wake();
+  }
+  GivingBack(const GivingBack&) = delete;
+  GivingBack& operator=(const GivingBack&) = delete;
+  Pool& pool;
+};
+
 std::size_t Pool::reclaim() {
   Lock guard = lock();
+  const GivingBack giving_back(*this);
   while (working_ > 0) wait_for_change(guard);  // what others carry may be idle memory
   std::size_t gone = give_back_idle(guard);
   for (std::size_t i = 0; i < allocators_.size(); ++i) {
     Allocator* allocator = allocators_[i];
     const Use use(*this, *allocator);
+    const auto deadline = allocator->fence_deadline();
     while (!allocator->closed_ && allocator->any_fence_pending() &&
-           allocator->wait_for_a_fence(guard)) {
+           std::chrono::steady_clock::now() < deadline &&
+           allocator->wait_for_a_fence(guard, deadline)) {
       gone += give_back_idle(guard);
     }
   }
@@ -492,6 +507,7 @@ bool Pool::background_pass(Lock& lock, Stream stream) {
 
 void Pool::set_budget(std::size_t budget) {
   Lock guard = lock();
+  const GivingBack giving_back(*this);
   require_a_page(budget);
   while (held_bytes_ > budget) {
     const std::size_t excess = held_bytes_ - budget;

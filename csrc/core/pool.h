@@ -165,6 +165,7 @@ class Pool {
  private:
   friend class Mapper;
   class Use;
+  struct GivingBack;
   Pool(std::shared_ptr<Backend> backend, const PoolConfig& config);
   [[noreturn]] static void throw_inherited();
   void require_a_page(std::size_t budget) const;
@@ -182,7 +183,8 @@ class Pool {
   [[nodiscard]] Status run(Lock& lock, Work& work);
   bool refill(Lock& lock);
   [[nodiscard]] bool below_low() const noexcept {
-    return free_bytes_ < config_.low_bytes && held_bytes_ + page_bytes_ <= config_.budget_bytes;
+    return giving_back_ == 0 && free_bytes_ < config_.low_bytes &&
+           held_bytes_ + page_bytes_ <= config_.budget_bytes;
   }
   void lower(Lock& lock) noexcept;
   bool background_pass(Lock& lock, Stream stream);
@@ -208,6 +210,7 @@ class Pool {
   std::size_t free_bytes_ = 0;
   std::size_t mappings_ = 0;
   std::size_t working_ = 0;
+  std::size_t giving_back_ = 0;  // operations that do: the thread must not take it again meanwhile
   std::uint64_t gains_ = 0;
   std::size_t stuck_bytes_ = 0;  // behind mappings that the driver would not undo
   PoolStats counters_;

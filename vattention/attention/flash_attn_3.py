@@ -39,7 +39,8 @@ class _FlashAttention3(Backend):
 
     Attributes:
         namespace: where its build registers operators.
-        has_even_rows: whether it has the kernels for rows of one length, which are faster.
+        has_even_rows: whether it has the kernels for rows of one length, which are faster in 16
+            bits.
     """
 
     namespace: ClassVar[str]
@@ -109,7 +110,8 @@ class _FlashAttention3(Backend):
             "k_descale": scales and scales.k,
             "v_descale": scales and scales.v,
         }
-        if self.has_even_rows and _are_even(batch, k.shape[1]):
+        # In 8 bits they have not been measured.
+        if self.has_even_rows and k.dtype.itemsize > 1 and _are_even(batch, k.shape[1]):
             given["q"] = q.view(batch.num_rows, batch.max_queries, *q.shape[1:])
         else:
             given["q"] = q
