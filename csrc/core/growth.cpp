@@ -352,7 +352,7 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
 // The mapper's part: grows the sequences that come near the end of what they have. Drops the lock.
 // Returns whether anything was done; a lack of memory is not an error here.
 bool Allocator::map_ahead(Lock& lock, Stream stream) {
-  if (closed_ || config_.lookahead_tokens == 0) return false;
+  if (closed_ || config_.lookahead_tokens == 0 || pool_->is_giving_back()) return false;
   std::vector<std::uint32_t> short_of_memory;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];

@@ -415,7 +415,7 @@ std::size_t Pool::give_back_idle(Lock& lock) {
   return shrink(lock, 0);
 }
 
-// While it lives, under the lock, the background thread does not refill the pool.
+// While it lives, under the lock, the background thread neither refills the pool nor maps ahead.
 struct Pool::GivingBack {
   explicit GivingBack(Pool& of) noexcept : pool(of) { ++pool.giving_back_; }
   ~GivingBack() {

@@ -159,6 +159,8 @@ class Pool {
   // Something was given up, or may be had, that a wait for a fence need not wait for.
   void gain() noexcept { ++gains_; }
   [[nodiscard]] std::uint64_t gains() const noexcept { return gains_; }
+  // Whether memory is on its way back to the driver by somebody's wish.
+  [[nodiscard]] bool is_giving_back() const noexcept { return giving_back_ > 0; }
   [[nodiscard]] bool a_fence_passed();
   void wait_for_change(Lock& lock) { changed_.wait(lock); }
 
@@ -183,7 +185,7 @@ class Pool {
   [[nodiscard]] Status run(Lock& lock, Work& work);
   bool refill(Lock& lock);
   [[nodiscard]] bool below_low() const noexcept {
-    return giving_back_ == 0 && free_bytes_ < config_.low_bytes &&
+    return !is_giving_back() && free_bytes_ < config_.low_bytes &&
            held_bytes_ + page_bytes_ <= config_.budget_bytes;
   }
   void lower(Lock& lock) noexcept;
