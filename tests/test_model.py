@@ -1033,6 +1033,13 @@ def test_model_agrees_on_a_device(name: str, seed: int) -> None:
     BusyDevice(name, DEVICE_SETUPS[name], seed).run(2_000)
 
 
+@pytest.mark.parametrize("name", DEVICE_SETUPS)
+def test_model_agrees_where_waits_take_as_long_as_on_a_device(name: str, seed: int) -> None:
+    """Long enough for the background thread to undo what is waited for, over and over."""
+    setup = dataclasses.replace(DEVICE_SETUPS[name], device="cpu")
+    Trial(name, setup, seed).run(2_000)
+
+
 class BusyDevice(Trial):
     """Kernels that take a while, so that fences pass late without anybody holding them."""
 
