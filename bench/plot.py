@@ -283,15 +283,24 @@ def _draw_rates(axis: Axes, report: Report, phase: str, bars: list[Bar]) -> None
                 ha="center",
                 fontsize=7,
             )
+    _mark_shapes(axis, shapes, lambda shape: shape["floor_rate"], "floor")
+    axis.legend(loc="upper left", ncols=2)
+    axis.set_ylabel(f"{shapes[0]['unit']}, median")
+
+
+def _mark_shapes(
+    axis: Axes, shapes: list[Report], floor: Callable[[Report], float], floor_name: str
+) -> None:
+    """A group of bars for each shape: its name, and its floor."""
     for group, shape in enumerate(shapes):
         axis.hlines(
-            shape["floor_rate"],
+            floor(shape),
             group - 0.42,
             group + 0.42,
-            color=MUTED,
+            color=INK,
             linewidth=1,
             linestyle="--",
-            label="floor" if group == 0 else None,
+            label=floor_name if group == 0 else None,
         )
     axis.set_ylim(0, axis.get_ylim()[1] * 1.25)  # room for the legend
     axis.set_xticks(
@@ -299,8 +308,6 @@ def _draw_rates(axis: Axes, report: Report, phase: str, bars: list[Bar]) -> None
     )
     axis.tick_params(axis="x", length=0)
     axis.grid(axis="y")
-    axis.legend(loc="upper left", ncols=2)
-    axis.set_ylabel(f"{shapes[0]['unit']}, median")
 
 
 _VARIANTS = (
@@ -355,22 +362,7 @@ def _draw_variants(
             axis.annotate(
                 f"{y:.3g}", (x, y), (0, 3), textcoords="offset points", ha="center", fontsize=8
             )
-    for group, shape in enumerate(shapes):
-        axis.hlines(
-            floor(shape),
-            group - 0.42,
-            group + 0.42,
-            color=INK,
-            linewidth=1,
-            linestyle="--",
-            label=floor_name if group == 0 else None,
-        )
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.2)  # room for the legend
-    axis.set_xticks(
-        range(len(shapes)), [f"{shape['batch']} x {shape['length']:,}" for shape in shapes]
-    )
-    axis.tick_params(axis="x", length=0)
-    axis.grid(axis="y")
+    _mark_shapes(axis, shapes, floor, floor_name)
     axis.legend(loc="upper right", ncols=2)
 
 

@@ -2006,7 +2006,7 @@ def test_operator_that_begins_is_what_compilers_are_told(masked):
         cache, inputs = new_cache(model), prompts([4, 2] if masked else [4, 4], "cpu")
         mask = inputs["attention_mask"] if masked else None
         positions = torch.arange(4)[None] if masked else None
-        args = (inputs["input_ids"], positions, mask, cache.handle, engine.order)
+        args = (inputs["input_ids"], positions, mask, cache.handle, engine.step_order)
         torch.library.opcheck(torch.ops.vattention.begin.default, args)
         assert cache.lengths == []
 

@@ -124,8 +124,7 @@ def new_cache(model: Any, *, expected_tokens: int = 0) -> RaggedCache:
 
     Args:
         model: an enabled one.
-        expected_tokens: how long the longest row may get; nothing is mapped for it, it finds rows
-            memory that fits.
+        expected_tokens: how long the longest row may get, see `KVAllocator.allocate`.
 
     Raises:
         ConfigError: the model is not enabled, or expected_tokens is out of range.

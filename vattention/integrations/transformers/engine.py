@@ -111,7 +111,7 @@ class Engine:
         self.places: list[tuple[int, int]] = []
         self._attentions: list[Attention] = []
         self._make_groups(specs, order, backend)
-        self.order = operator.handle(self.number, 0)
+        self.step_order = operator.handle(self.number, 0)
         self.stand_in = RaggedCache(self)  # has no rows
         self.compiled = compilable(model) if compile else []
         self._merge = merge

@@ -37,7 +37,7 @@ def forward(engine: Engine, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
         kwargs.get("position_ids"),
         kwargs.get("attention_mask"),
         cache.handle,
-        engine.order,
+        engine.step_order,
     )
     output = engine.call_model(
         input_ids=tokens,
@@ -45,7 +45,7 @@ def forward(engine: Engine, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
         past_key_values=engine.stand_in,  # what a model read of a cache would be guarded
         logits_to_keep=kwargs.get("logits_to_keep", 0),
     )
-    torch.ops.vattention.end.default(output.logits, cache.handle, engine.order)
+    torch.ops.vattention.end.default(output.logits, cache.handle, engine.step_order)
     return type(output)(logits=output.logits, past_key_values=cache)
 
 
