@@ -4,6 +4,7 @@
 #   make run        generate with the stock cache and with ours, and compare; MODEL=path-or-hub-name
 #                   takes another model than the one in examples/
 #   make test       all tests; those that need a GPU are skipped, and counted, where there is none
+#   make test-transformers  the tests of the transformers integration, with its older versions too
 #   make test-gpu   the tests that need a GPU; fails where there is none
 #   make bench      the benchmarks
 #   make check      formatting, lint and types
@@ -29,6 +30,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WERROR ?= ON
+TRANSFORMERS ?= 5.17.0 5.20.2
 MODEL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -56,7 +58,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # Python modules are read in place: a change to one, or a new one, needs no new install.
 PROJECT_SOURCES := $(CXX_SOURCES) CMakeLists.txt pyproject.toml
 
-.PHONY: help run test test-gpu bench check format wheel clean distclean deps install
+.PHONY: help run test test-gpu test-transformers bench check format wheel clean distclean deps install
 .DELETE_ON_ERROR:
 
 help:
@@ -70,6 +72,18 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(PY) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
+
+# `make test` has the version of constraints.txt, the newest that is served.
+test-transformers: $(INSTALLED) $(TRANSFORMERS:%=build/transformers-%)
+	for version in $(TRANSFORMERS); do \
+	  PYTHONPATH=$(CURDIR)/build/transformers-$$version $(PY) -m pytest \
+	    tests/test_transformers_*.py $(PYTEST_ARGS) || exit 1; \
+	done
+
+build/transformers-%: $(DEPS)
+	@mkdir -p build
+	$(PY) -m pip install -q --no-deps --no-compile --upgrade --target $@ transformers==$*
+	@touch $@
 
 bench: $(INSTALLED)
 	$(PY) -m bench $(BENCH_ARGS)

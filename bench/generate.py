@@ -303,6 +303,9 @@ def _release(context: Context) -> None:
 
 def _compare_logits(context: Context, model: Any) -> dict[str, Any]:
     """How far logits are from float32's: ours, and those of the model as it was, both in bf16."""
+    from vattention.integrations.transformers import new_cache
+    from vattention.integrations.transformers.versions import CACHE
+
     torch.manual_seed(2)
     batch, length, steps = context.pick((2, 2_048, 8), (2, 48, 4))
     vocabulary = model.config.vocab_size
@@ -318,17 +321,15 @@ def _compare_logits(context: Context, model: Any) -> dict[str, Any]:
                 parts.append(output.logits[:, -1].float())
                 output = model(
                     forced[:, step : step + 1],
-                    past_key_values=output.past_key_values,
                     use_cache=True,
+                    **{CACHE: output[CACHE]},
                 )
             parts.append(output.logits[:, -1].float())
         return torch.stack(parts)
 
     stock = logits()
     with _enabled(model, max_batch_size=batch):
-        from vattention.integrations.transformers import new_cache
-
-        ours = logits(past_key_values=new_cache(model))
+        ours = logits(**{CACHE: new_cache(model)})
     model.float()
     exact = logits()
     model.bfloat16()

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from vattention.integrations.transformers import VAttentionCache
+from vattention.integrations.transformers.versions import CACHE
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ def generate_batch(
     output = model.generate(
         batch.input_ids,
         attention_mask=batch.attention_mask,
-        past_key_values=cache,
         do_sample=False,
         num_beams=1,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         logits_processor=LogitsProcessorList([watch]),
+        **{CACHE: cache},
     )
     seconds = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
     return Run(seconds[0], seconds[1:], output[:, batch.input_ids.shape[1] :].cpu())

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import vattention as va
 from vattention.integrations.transformers import VAttentionCache
+from vattention.integrations.transformers.versions import CACHE
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,12 @@ def generate_one(
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
         do_sample=False,
         num_beams=1,
         min_new_tokens=request.new_tokens,
         max_new_tokens=request.new_tokens,
         logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+        **{CACHE: cache},
     )
     tokens: list[int] = output[0, prompt.shape[1] :].tolist()
     return tokens

@@ -31,6 +31,7 @@ from vattention.integrations.transformers import (  # noqa: E402
     views,
 )
 from vattention.integrations.transformers.ragged import RaggedCache  # noqa: E402
+from vattention.integrations.transformers.versions import CACHE, CACHE_NAMES  # noqa: E402
 
 PAGE_BYTES = 4096  # of the host backend here: 16 tokens of two layers' K
 WINDOW = 16
@@ -503,6 +504,21 @@ def test_logits_to_keep_equal_before(keep, padded):
     assert ours.logits.shape == before.shape
     torch.testing.assert_close(ours.logits[real], before[real], rtol=1e-4, atol=1e-4)
     assert not ours.logits[~real].any()
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_cache_is_taken_by_either_name(name):
+    model = build("llama", "cpu")
+    inputs = prompts([9, 4], "cpu")
+    with torch.no_grad():
+        before = model(**inputs, logits_to_keep=1).logits
+        with enabled(model) as engine:
+            cache = RaggedCache(engine)
+            ours = model(**inputs, **{name: cache}, logits_to_keep=1)
+            assert ours[CACHE] is cache
+            assert cache.lengths == [9, 4]
+            assert model(**inputs, **{name: RaggedCache(engine)}, return_dict=False)[1].seen == 9
+    torch.testing.assert_close(ours.logits, before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("masks", [True, False])

@@ -587,6 +587,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def main() -> int:
+    torch.manual_seed(1)  # each run of a case is the same
     try:
         with torch.no_grad():
             CASES[sys.argv[1]]()

@@ -4,7 +4,9 @@ enable(model)
 model.generate(**inputs)                         # our cache, our attention, decode as a graph
 
 cache = VAttentionCache(model.config, max_batch_size=4, max_seq_len=4096)
-model.generate(**inputs, past_key_values=cache)  # our cache alone; all else as it was
+model.generate(**inputs, cache=cache)            # our cache alone; all else as it was
+
+Before transformers 5.24 the argument `cache` is `past_key_values`.
 """
 
 from vattention.integrations.transformers.cache import CacheStats, VAttentionCache, VAttentionLayer

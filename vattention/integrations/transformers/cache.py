@@ -13,6 +13,7 @@ rearranged, and then only those in which two rows differ.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vattention import (
     ConfigError,
@@ -33,17 +34,15 @@ from vattention import (
     VAttentionError,
 )
 from vattention.config import check_int, check_tokens, parse_bytes
+from vattention.integrations.transformers.versions import LayerKind, layer_kinds, no_cache
 from vattention.layout import Order
 
 __all__ = ["CacheStats", "VAttentionCache", "VAttentionLayer"]
 
-# Layer types of a config that keep one key and one value per token, and whether the layer sees only
-# a window of them. Chunked attention differs from sliding attention in its mask alone.
-_IS_WINDOWED: Mapping[str, bool] = {
-    "full_attention": False,
-    "sliding_attention": True,
-    "chunked_attention": True,
-}
+# Layer types of a config that keep one key and one value per token. Chunked attention differs from
+# sliding attention in its mask alone.
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+_KEEPS_NOTHING = "dummy"
 
 # Giving memory back costs driver calls, so it waits until at least this many tokens can go.
 _MIN_TRIM_TOKENS = 64
@@ -410,6 +409,16 @@ class _LayerGroup:
             kv.close()
 
 
+def _names(kinds: list[LayerKind]) -> dict[LayerKind, str]:
+    """What groups of layers are called: by their type, and by window if a type has several."""
+    distinct = dict.fromkeys(kinds)
+    types = Counter(kind.layer_type for kind in distinct)
+    return {
+        kind: kind.layer_type if types[kind.layer_type] == 1 else f"{kind.layer_type}:{kind.window}"
+        for kind in distinct
+    }
+
+
 class VAttentionLayer(CacheLayerMixin):
     """One model layer's keys and values in a `VAttentionCache`.
 
@@ -497,7 +506,9 @@ class VAttentionLayer(CacheLayerMixin):
 
 
 class VAttentionCache(Cache):
-    """A cache for `generate(past_key_values=...)` that neither concatenates nor preallocates.
+    """A cache for `generate()` that neither concatenates nor preallocates.
+
+    Pass it as `cache`, or as `past_key_values` before transformers 5.24.
 
     It reserves addresses for `max_batch_size` sequences of `max_seq_len` tokens and maps memory
     as they grow. `generate()` gives the same tokens as with `DynamicCache(config=config)`: greedy,
@@ -554,30 +565,34 @@ class VAttentionCache(Cache):
                 f"VAttentionCache serves decoder-only models; {config.model_type} has an encoder, "
                 "whose keys and values need a cache of their own"
             )
-        layer_types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        for layer_type in layer_types:
-            if layer_type not in _IS_WINDOWED:
+        kinds = layer_kinds(config.get_text_config(decoder=True))
+        kept = [kind for kind in kinds if kind.layer_type != _KEEPS_NOTHING]
+        for kind in kept:
+            if kind.layer_type not in _LAYER_TYPES:
                 raise ConfigError(
-                    f"VAttentionCache cannot hold {layer_type} layers, which {config.model_type} "
-                    f"has; it holds {', '.join(_IS_WINDOWED)}"
+                    f"VAttentionCache cannot hold {kind.layer_type} layers, which "
+                    f"{config.model_type} has; it holds {', '.join(_LAYER_TYPES)}"
                 )
         self._memory = _Memory(memory, page_bytes, pool)
-        self._groups = {
-            layer_type: _LayerGroup(
-                layer_type,
-                window=options["sliding_window"] if _IS_WINDOWED[layer_type] else None,
-                num_layers=layer_types.count(layer_type),
+        groups = {
+            kind: _LayerGroup(
+                name,
+                window=kind.window,
+                num_layers=kept.count(kind),
                 max_batch_size=max_batch_size,
                 max_seq_len=max_seq_len,
                 order=order,
                 memory=self._memory,
             )
-            for layer_type in dict.fromkeys(layer_types)
+            for kind, name in _names(kept).items()
         }
+        self._groups = {group.name: group for group in groups.values()}
         super().__init__(
             layers=[
-                VAttentionLayer(self._groups[layer_type], layer_types[:index].count(layer_type))
-                for index, layer_type in enumerate(layer_types)
+                VAttentionLayer(groups[kind], kinds[:index].count(kind))
+                if kind in groups
+                else no_cache()
+                for index, kind in enumerate(kinds)
             ]
         )
 
@@ -618,7 +633,7 @@ class VAttentionCache(Cache):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except VAttentionError:
             # Earlier layers may have taken this pass's tokens already: forget them.
-            shortest = min(layer.get_seq_length() for layer in self.layers)
+            shortest = min(min(group.lengths) for group in self._groups.values())
             for group in self._groups.values():
                 if group.length > shortest:
                     group.truncate(shortest)

@@ -75,9 +75,9 @@ class Decoder:
             batch.advance()
         return engine.run_model(
             operator.BatchStep(engine, self.batches),
+            self._cache,
             input_ids=self._tokens,
             position_ids=self._positions,
-            past_key_values=self._cache,
         )
 
     def step(self, cache: RaggedCache, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:

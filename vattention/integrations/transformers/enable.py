@@ -109,7 +109,9 @@ def disable(model: Any) -> Any:
 
 
 def new_cache(model: Any, *, expected_tokens: int = 0) -> RaggedCache:
-    """An empty cache for a loop of one's own: `model(input_ids, past_key_values=cache)`.
+    """An empty cache for a loop of one's own: `model(input_ids, cache=cache)`.
+
+    The older name of the argument, `past_key_values`, does as well.
 
     The first call gives it as many rows as it has. K and V lie in memory that is mapped as they
     come, and that goes back to the pool when the cache is collected, or `cache.reset()`. Call the

@@ -32,6 +32,7 @@ from vattention.integrations.transformers.fuse import (
 from vattention.integrations.transformers.inspection import LayerSpec, reads_positions
 from vattention.integrations.transformers.ragged import RaggedCache
 from vattention.integrations.transformers.stopping import defer_stop_checks
+from vattention.integrations.transformers.versions import CACHE, CACHE_NAMES, cache_parameter
 from vattention.integrations.transformers.views import (
     Override,
     replace_configs,
@@ -44,10 +45,10 @@ __all__ = ["Engine"]
 
 # What a call may bring beside the cache; None is as good as nothing.
 _KNOWN = {
+    *CACHE_NAMES,
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
     "use_cache",
     "return_dict",
     "logits_to_keep",
@@ -105,6 +106,7 @@ class Engine:
         self._prepare_cache = model._prepare_cache_for_generation
         signature = inspect.signature(model.forward)
         self._parameters = list(signature.parameters)
+        self._cache_parameter = cache_parameter(self._parameters)
         if "logits_to_keep" not in signature.parameters:
             raise ConfigError("enable() needs a model that can be told which logits to keep")
         self.groups: list[Group] = []
@@ -202,16 +204,17 @@ class Engine:
         output = self._attentions[layer](_by_token(q).to(dtype), index, batch, sinks=sinks)
         return output.to(q.dtype).view(q.shape[0], q.shape[2], *output.shape[1:])
 
-    def run_model(self, step: operator.Step, **inputs: Any) -> Any:
+    def run_model(self, step: operator.Step, cache: RaggedCache, **inputs: Any) -> Any:
         """The model's own forward, with the attention of a step."""
         operator.set_step(self.number, step)
         try:
-            return self.call_model(**inputs)
+            return self.call_model(cache, **inputs)
         finally:
             operator.set_step(self.number, None)
 
-    def call_model(self, **inputs: Any) -> Any:
+    def call_model(self, cache: RaggedCache, **inputs: Any) -> Any:
         """The model's own forward, with the attention of the step that was set."""
+        inputs[self._cache_parameter] = cache
         self._override.name = operator.IMPLEMENTATION
         try:
             return self._original(**inputs, use_cache=True, return_dict=True)
@@ -225,13 +228,12 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's `forward` is while it is enabled."""
-        cache = kwargs.get("past_key_values")
-        if args and cache is None and len(args) <= len(self._parameters):
-            given = dict(zip(self._parameters, args, strict=False))
-            cache = given.get("past_key_values")
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        named = [given[name] for name in CACHE_NAMES if given.get(name) is not None]
+        cache = named[0] if len(named) == 1 and len(args) <= len(self._parameters) else None
         if not isinstance(cache, RaggedCache):
             return self._original(*args, **kwargs)
-        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        kwargs = given
         self._check_call(kwargs)
         if torch.compiler.is_compiling():
             output = traced.forward(self, cache, kwargs)
@@ -286,9 +288,9 @@ class Engine:
             wanted, place = _logits_wanted(kwargs.get("logits_to_keep", 0), real, rows, width)
             output = self.run_model(
                 operator.BatchStep(self, batches),
+                cache,
                 input_ids=packed_tokens[None],
                 position_ids=packed_positions[None],
-                past_key_values=cache,
                 logits_to_keep=wanted,
             )
         except BaseException:
@@ -303,7 +305,7 @@ class Engine:
             spread = logits.new_zeros(rows * kept, logits.shape[-1])
             spread[where] = logits
             output.logits = spread.view(rows, kept, -1)
-        output.past_key_values = cache
+        output[CACHE] = cache
         return output
 
     def begin(self, cache: RaggedCache, counts: list[int]) -> tuple[list[Batch], list[int]]:
@@ -407,7 +409,7 @@ class Engine:
         cache.advance()
         # A copy, since the next step writes the logits anew.
         logits = output.logits[: tokens.shape[0]].clone()
-        return type(output)(logits=logits, past_key_values=cache)
+        return type(output)(logits=logits, **{CACHE: cache})
 
     def _decoder(self, rows: int, longest: int) -> Decoder:
         size = _bucket(rows, self.max_batch_size)
@@ -491,7 +493,7 @@ class Engine:
             and max_cache_length <= self.max_seq_len
         )
         if ours:
-            model_kwargs["past_key_values"] = RaggedCache(self, max_cache_length)
+            model_kwargs[CACHE] = RaggedCache(self, max_cache_length)
             return None
         return self._prepare_cache(
             generation_config,

@@ -9,15 +9,21 @@ attention was told of windows.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache
 
 from vattention.attention import Options
 from vattention.errors import ConfigError
+from vattention.integrations.transformers.versions import (
+    LayerKind,
+    cache_parameter,
+    layer_kinds,
+)
 from vattention.integrations.transformers.views import Override, replace_configs, restore_configs
 
 __all__ = [
@@ -172,8 +178,8 @@ def inspect_model(model: Any) -> list[LayerSpec]:
             model(
                 input_ids=tokens,
                 position_ids=torch.arange(2, device=device)[None],
-                past_key_values=notes,
                 use_cache=True,
+                **{cache_parameter(inspect.signature(model.forward).parameters): notes},
             )
     except Exception as error:
         raise ConfigError(f"enable() cannot serve {name}: it fails with {error!r}") from error
@@ -206,17 +212,15 @@ def _unmasked(model: Any, specs: dict[int, LayerSpec]) -> list[str]:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         problems.append("it is spread over several devices")
     try:
-        kinds, options = get_layer_types_and_kwargs(config)
+        kinds = layer_kinds(config)
     except Exception as error:
         return [*problems, f"its kinds of layers are not known: {error}"]
     for layer, spec in specs.items():
-        kind = kinds[layer] if layer < len(kinds) else "unknown"
-        if kind not in ("full_attention", "sliding_attention"):
-            problems.append(f"it has {kind} layers")
-        elif spec.options.window != (
-            options.get("sliding_window") if kind == "sliding_attention" else None
-        ):
-            problems.append(f"the window of its {kind} layers is known to its mask only")
+        kind = kinds[layer] if layer < len(kinds) else LayerKind("unknown", None)
+        if kind.layer_type not in ("full_attention", "sliding_attention"):
+            problems.append(f"it has {kind.layer_type} layers")
+        elif spec.options.window != kind.window:
+            problems.append(f"the window of its {kind.layer_type} layers is known to its mask only")
     return problems
 
 

@@ -83,6 +83,11 @@ class RaggedCache(Cache):
         """Empty: no mask is made from this cache."""
         return []
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: tokens of a prompt that it holds already are not run again."""
+        return [False] * len(self.engine.places)
+
     def update(
         self,
         key_states: torch.Tensor,

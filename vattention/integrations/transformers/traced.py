@@ -20,6 +20,7 @@ from vattention.attention import Batch
 from vattention.errors import ConfigError
 from vattention.integrations.transformers import operator
 from vattention.integrations.transformers.ragged import RaggedCache
+from vattention.integrations.transformers.versions import CACHE
 
 if TYPE_CHECKING:
     from vattention.integrations.transformers.engine import Engine
@@ -40,13 +41,13 @@ def forward(engine: Engine, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
         engine.step_order,
     )
     output = engine.call_model(
+        engine.stand_in,  # what a model read of a cache would be guarded
         input_ids=tokens,
         position_ids=positions,
-        past_key_values=engine.stand_in,  # what a model read of a cache would be guarded
         logits_to_keep=kwargs.get("logits_to_keep", 0),
     )
     torch.ops.vattention.end.default(output.logits, cache.handle, engine.step_order)
-    return type(output)(logits=output.logits, past_key_values=cache)
+    return type(output)(logits=output.logits, **{CACHE: cache})
 
 
 def collect() -> bool:
