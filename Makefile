@@ -77,7 +77,7 @@ test-gpu: $(INSTALLED)
 test-transformers: $(INSTALLED) $(TRANSFORMERS:%=build/transformers-%)
 	for version in $(TRANSFORMERS); do \
 	  PYTHONPATH=$(CURDIR)/build/transformers-$$version $(PY) -m pytest \
-	    tests/test_transformers_*.py $(PYTEST_ARGS) || exit 1; \
+	    tests/test_transformers_*.py tests/enable $(PYTEST_ARGS) || exit 1; \
 	done
 
 build/transformers-%: $(DEPS)

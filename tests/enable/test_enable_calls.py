@@ -1,0 +1,235 @@
+"""An enabled model that is called by hand, over a cache of its own."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from enabled_models import (  # noqa: E402
+    VOCAB,
+    build,
+    decode,
+    enabled,
+    generate,
+    joined,
+    live_tokens,
+    prompts,
+    start,
+)
+
+import vattention as va  # noqa: E402
+from vattention.integrations.transformers.ragged import RaggedCache  # noqa: E402
+from vattention.integrations.transformers.versions import CACHE, CACHE_NAMES  # noqa: E402
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, torch.tensor([2, -1, 11]), torch.tensor([19])])
+@pytest.mark.parametrize("padded", [True, False])
+def test_logits_to_keep_equal_before(keep, padded):
+    model = build("qwen2", "cpu")
+    inputs = prompts([20, 6, 1] if padded else [20, 20, 20], "cpu")
+    # A tensor indexes columns, as the model itself has it.
+    columns = slice(-keep, None) if isinstance(keep, int) else keep
+    real = inputs["attention_mask"].bool()[:, columns]
+    with torch.no_grad():
+        before = model(**inputs, logits_to_keep=keep).logits
+        with enabled(model) as engine:
+            cache = RaggedCache(engine)
+            ours = model(**inputs, past_key_values=cache, logits_to_keep=keep)
+            assert ours.past_key_values is cache
+    assert ours.logits.shape == before.shape
+    torch.testing.assert_close(ours.logits[real], before[real], rtol=1e-4, atol=1e-4)
+    assert not ours.logits[~real].any()
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_cache_is_taken_by_either_name(name):
+    model = build("llama", "cpu")
+    inputs = prompts([9, 4], "cpu")
+    with torch.no_grad():
+        before = model(**inputs, logits_to_keep=1).logits
+        with enabled(model) as engine:
+            cache = RaggedCache(engine)
+            ours = model(**inputs, **{name: cache}, logits_to_keep=1)
+            assert ours[CACHE] is cache
+            assert cache.lengths == [9, 4]
+            assert model(**inputs, **{name: RaggedCache(engine)}, return_dict=False)[1].seen == 9
+    torch.testing.assert_close(ours.logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("positions", [True, False])
+def test_decode_by_hand_equals_generate_before(device, masks, positions):
+    model = build("llama", device)
+    inputs = prompts([20, 6, 1], device)
+    before = generate(model, inputs, max_new_tokens=21)[:, 20:]
+    with torch.no_grad(), enabled(model) as engine:
+        cache = RaggedCache(engine)
+        mask = inputs["attention_mask"]
+        where = (mask.cumsum(1) - 1).clamp(min=0)
+        more = {"position_ids": where} if positions else {}
+        output = model(**inputs, **more, past_key_values=cache)
+        tokens = [output.logits[:, -1:].argmax(-1)]
+        for _ in range(20):
+            mask = torch.cat([mask, torch.ones_like(tokens[0])], dim=1)
+            where = where[:, -1:] + 1
+            more = {"position_ids": where} if positions else {}
+            if masks:
+                more["attention_mask"] = mask
+            output = model(input_ids=tokens[-1], past_key_values=cache, **more)
+            assert output.logits.shape == (3, 1, VOCAB)
+            tokens.append(output.logits.argmax(-1))
+        assert cache.lengths == [40, 26, 21]
+    assert joined(*tokens) == before.tolist()
+
+
+def test_logits_of_a_step_outlive_the_next(device):
+    model = build("llama", device)
+    with torch.no_grad(), enabled(model) as engine:
+        cache, token = start(model, engine, prompts([20, 6, 1], device))
+        first = model(input_ids=token, past_key_values=cache).logits
+        copy = first.clone()
+        model(input_ids=token, past_key_values=cache)
+        assert torch.equal(first, copy)
+
+
+@torch.no_grad()
+def test_arguments_may_be_positional_and_outputs_tuples():
+    model = build("llama", "cpu")
+    inputs = prompts([20, 6], "cpu")
+    before = model(**inputs).logits
+    with enabled(model) as engine:
+        cache = RaggedCache(engine)
+        args = (inputs["input_ids"], inputs["attention_mask"], None, cache)
+        logits, returned = model(*args, return_dict=False, labels=None, output_attentions=False)
+        assert returned is cache
+    torch.testing.assert_close(logits[:, -1], before[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_several_tokens_may_be_added_at_once(device):
+    model = build("llama", device)
+    inputs = prompts([20, 6], device)
+    ids = inputs["input_ids"]
+    with torch.no_grad(), enabled(model) as engine:
+        whole, token = start(model, engine, inputs)
+        parts, _ = start(model, engine, {key: value[:, :17] for key, value in inputs.items()})
+        last = model(input_ids=ids[:, 17:], past_key_values=parts).logits[:, -1:]
+        assert parts.lengths == whole.lengths == [20, 6]
+        assert last.argmax(-1).tolist() == token.tolist()
+        tokens = [decode(model, cache, token, 10) for cache in (whole, parts)]
+    assert joined(*tokens[0]) == joined(*tokens[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(2, 3)}, "labels"),
+        ({"inputs_embeds": torch.zeros(2, 3, 32), "input_ids": None}, "inputs_embeds"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"input_ids": None}, "input_ids"),
+        ({"input_ids": torch.tensor([3, 4])}, "input_ids"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "input_ids"),
+        ({"input_ids": torch.tensor([[3], [4], [5]])}, "2 rows, input_ids 3"),
+        ({"input_ids": torch.tensor([[3]])}, "2 rows, input_ids 1"),
+        ({"attention_mask": torch.ones(2, 3)}, r"\[2, 11\].*got \[2, 3\]"),
+        ({"attention_mask": torch.ones(2, 1, 3, 11)}, "attention_mask must be"),
+        ({"attention_mask": torch.ones(2, 11)}, "cannot be masked afterwards"),
+        (
+            {"input_ids": torch.tensor([[3], [4]]), "attention_mask": torch.ones(2, 1)},
+            r"\[2, 9\].*got \[2, 1\]",
+        ),
+    ],
+)
+def test_calls_that_make_no_sense_are_refused_and_change_nothing(change, message):
+    model = build("llama", "cpu")
+    inputs = prompts([8, 5], "cpu")
+    with enabled(model) as engine:
+        cache, token = start(model, engine, inputs)
+        call = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]), "past_key_values": cache}
+        with torch.no_grad(), pytest.raises(va.ConfigError, match=message):
+            model(**call | change)
+        assert (cache.lengths, cache.seen) == ([8, 5], 8)
+        other, _ = start(model, engine, inputs)
+        tokens = [decode(model, each, token, 5) for each in (cache, other)]
+        assert joined(*tokens[0]) == joined(*tokens[1])
+
+
+def test_gradients_are_refused():
+    model = build("llama", "cpu")
+    with enabled(model) as engine, pytest.raises(va.ConfigError, match="no_grad"):
+        model(**prompts([8], "cpu"), past_key_values=RaggedCache(engine))
+
+
+def test_generations_by_turns_equal_generations_alone(device):
+    model = build("llama", device)
+    batches = [prompts([20, 6, 1], device), prompts([3, 30, 9], device, seed=4)]
+    with enabled(model, max_batch_size=9) as engine:
+        alone = []
+        for inputs in batches:
+            cache, token = start(model, engine, inputs)
+            alone.append(joined(*decode(model, cache, token, 20)))
+        caches, last = zip(*(start(model, engine, inputs) for inputs in batches), strict=True)
+        last = list(last)
+        tokens = [[], []]
+        for step in range(20):
+            for turn in (0, 1) if step % 3 else (1, 0):
+                last[turn] = decode(model, caches[turn], last[turn], 1)[0]
+                tokens[turn].append(last[turn])
+        assert len(engine._decoders) == 1
+    assert [joined(*each) for each in tokens] == alone
+
+
+def test_crop_takes_tokens_back(device):
+    model = build("llama", device)
+    with enabled(model) as engine:
+        cache, token = start(model, engine, prompts([20, 6, 1], device))
+        first = decode(model, cache, token, 30)
+        cache.crop(-30)
+        assert (cache.lengths, cache.seen) == ([20, 6, 1], 20)
+        assert joined(*decode(model, cache, token, 30)) == joined(*first)
+        cache.crop(40)
+        assert cache.lengths == [40, 26, 21]
+        again = decode(model, cache, first[19], 10)
+        assert joined(*again) == joined(*first[20:])
+        with pytest.raises(va.ConfigError, match=r"\[50, 36, 31\].*cannot lose 32"):
+            cache.crop(-32)
+        assert cache.lengths == [50, 36, 31]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_crop_below_what_a_window_gave_back_is_refused(name):
+    model = build(name, "cpu")
+    ids = prompts([900], "cpu")["input_ids"]
+    with enabled(model, max_seq_len=1024) as engine, torch.no_grad():
+        cache, token = start(model, engine, {"input_ids": ids})
+        decode(model, cache, token, 1)
+        cache.crop(-1)
+        for count in (300, 400, 890):
+            with pytest.raises(va.ConfigError, match="window"):
+                cache.crop(-count)
+        assert cache.lengths == [900]
+        cache.crop(-200)
+        logits = model(input_ids=ids[:, 700:], past_key_values=cache).logits
+        assert logits[:, -1:].argmax(-1).tolist() == token.tolist()
+
+
+def test_reset_ends_all_rows_and_rows_cannot_be_rearranged():
+    model = build("llama", "cpu")
+    with enabled(model) as engine:
+        cache, token = start(model, engine, prompts([20, 6, 1], "cpu"))
+        first = decode(model, cache, token, 5)
+        for call in (
+            functools.partial(cache.reorder_cache, torch.tensor([0, 0, 0])),
+            functools.partial(cache.batch_repeat_interleave, 2),
+            functools.partial(cache.batch_select_indices, [0]),
+        ):
+            with pytest.raises(NotImplementedError, match="DynamicCache"):
+                call()
+        cache.reset()
+        assert (cache.lengths, cache.get_seq_length(), live_tokens(engine)) == ([], 0, 0)
+        with torch.no_grad():
+            model(**prompts([20, 6, 1], "cpu"), past_key_values=cache)
+        assert joined(*decode(model, cache, token, 5)) == joined(*first)
