@@ -5,6 +5,7 @@
 #                   takes another model than the one in examples/
 #   make test       all tests; those that need a GPU are skipped, and counted, where there is none
 #   make test-transformers  the tests of the transformers integration, with its older versions too
+#   make test-families  small models of all families of transformers, enabled; minutes
 #   make test-gpu   the tests that need a GPU; fails where there is none
 #   make bench      the benchmarks
 #   make check      formatting, lint and types
@@ -58,11 +59,11 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # Python modules are read in place: a change to one, or a new one, needs no new install.
 PROJECT_SOURCES := $(CXX_SOURCES) CMakeLists.txt pyproject.toml
 
-.PHONY: help run test test-gpu test-transformers bench check format wheel clean distclean deps install
+.PHONY: help run test test-gpu test-transformers test-families bench check format wheel clean distclean deps install
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '4,14s/^#   //p' Makefile
+	@sed -n '4,16s/^#   //p' Makefile
 
 run: $(INSTALLED)
 	$(PY) examples/generate.py $(if $(MODEL),--model "$(MODEL)")
@@ -84,6 +85,9 @@ build/transformers-%: $(DEPS)
 	@mkdir -p build
 	$(PY) -m pip install -q --no-deps --no-compile --upgrade --target $@ transformers==$*
 	@touch $@
+
+test-families: $(INSTALLED)
+	$(PY) tests/enable/families.py
 
 bench: $(INSTALLED)
 	$(PY) -m bench $(BENCH_ARGS)
