@@ -33,6 +33,7 @@ from vattention.attention import (
     backends,
     choice,
     flash_attn_3,
+    front_slack_tokens,
     tail_slack_tokens,
 )
 
@@ -522,7 +523,7 @@ APPEND_REFUSES: dict[str, tuple[dict[str, Any], str]] = {
     "k-heads": ({"k": torch.ones(3, 4, 16)}, "k must be"),
     "k-dim": ({"k": torch.ones(3, 2, 8)}, "k must be"),
     "k-2d": ({"k": torch.ones(3, 32)}, "k must be"),
-    "k-integers": ({"k": torch.ones(3, 2, 16, dtype=torch.int32)}, "k must be"),
+    "k-integers": ({"k": torch.ones(3, 2, 16, dtype=torch.int32)}, "quantised numbers into"),
     "k-elsewhere": ({"k": torch.ones(3, 2, 16, device="meta")}, "k must be .* on cpu"),
     "k-strided-heads": ({"k": torch.ones(3, 2, 32)[..., ::2]}, "k must have dense heads"),
     "v-heads": ({"v": torch.ones(3, 1, 16)}, "v must be"),
@@ -558,6 +559,26 @@ def test_append_refuses_and_writes_nothing(
     with pytest.raises(va.ConfigError, match=message):
         append(given.pop("k"), given.pop("v"), given.pop("layer"), given.pop("batch"), **given)
     assert all((memory == 0xFF).all() for memory in memory_of(kv).values())
+
+
+def test_layers_first_seen_in_inference_mode_are_written_outside_of_it(
+    kv: va.KVAllocator,
+) -> None:
+    seq = kv.allocate(3)
+    with torch.inference_mode():
+        keys, _ = kv.layer(0)
+    append(torch.ones(3, 2, 16), torch.ones(3, 2, 16), 0, Batch.of({seq: 3}))
+    assert (keys[seq.slot, :3] == 1).all()
+
+
+def test_append_keeps_nothing_of_a_graph_of_gradients(kv: va.KVAllocator) -> None:
+    seq = kv.allocate(1)
+    hidden = torch.ones(1, 2, 16, requires_grad=True) * 2
+    append(hidden, hidden, 0, Batch.of({seq: 1}))
+    assert not any(tensor.requires_grad for tensor in kv.layer(0))
+    gone = weakref.ref(hidden)
+    del hidden
+    assert gone() is None
 
 
 # ---- batches ----
@@ -662,6 +683,54 @@ def test_a_batch_advances_all_but_padding(kv: va.KVAllocator) -> None:
     assert batch.max_length == 100
 
 
+def test_positions_are_new_as_soon_as_a_batch_advances(kv: va.KVAllocator) -> None:
+    seq = kv.allocate(5)
+    batch = Batch.of({seq: 1})
+    assert batch.positions().tolist() == [4]
+    kv.step({seq: 6})
+    batch.advance()  # as captured, the host is told later
+    append(torch.full((1, 2, 16), 3.0), torch.full((1, 2, 16), 3.0), 0, batch)
+    keys, _ = kv.layer(0)
+    assert [bool((keys[seq.slot, n] == 3).all()) for n in (4, 5)] == [False, True]
+
+
+def test_a_batch_for_graphs_keeps_its_rows(kv: va.KVAllocator) -> None:
+    """A graph reads as many rows as were there when it was captured."""
+    batch = Batch(kv, 4, 8, graph=True)
+    batch.fill_rows([0, 1, 2], [5, 5, 5])
+    before = state(batch)
+    addresses = [tensor.data_ptr() for tensor in (batch.slots, batch.lengths, batch.query_starts)]
+    for slots, lengths, queries in (([0, 1], [5, 5], None), ([0, 1, 2], [5, 5, 5], [1, 1, 2])):
+        with pytest.raises(va.ConfigError, match="have 3 rows and 3 queries.*rows of length 0"):
+            batch.fill_rows(slots, lengths, queries)
+        assert state(batch) == before
+    batch.fill_rows([3, 4, 0], [7, 9, 0])
+    assert [
+        tensor.data_ptr() for tensor in (batch.slots, batch.lengths, batch.query_starts)
+    ] == addresses
+
+
+def test_a_batch_for_graphs_keeps_its_bound(kv: va.KVAllocator) -> None:
+    batch = Batch(kv, 1, graph=True)
+    batch.fill_rows([0], [5], max_length=6)
+    batch.note_advance()
+    before = state(batch)
+    with pytest.raises(va.ConfigError, match="would have 7 tokens, where graphs .* are for 6"):
+        batch.note_advance()
+    assert state(batch) == before
+
+
+def test_a_batch_without_rows_is_refused(kv: va.KVAllocator) -> None:
+    batch, nothing = Batch(kv, 2), torch.zeros(0, 2, 16)
+    for call in (
+        batch.note_advance,
+        lambda: attend(nothing, kv, 0, batch),
+        lambda: append(nothing, nothing, 0, batch),
+    ):
+        with pytest.raises(va.ConfigError, match="has no rows yet: fill"):
+            call()
+
+
 def test_a_row_does_not_advance_beyond_max_seq_len(kv: va.KVAllocator) -> None:
     batch = Batch(kv, 2)
     batch.fill_rows([0, 1], [4, kv.max_seq_len - 1])
@@ -689,6 +758,7 @@ def test_what_is_derived_is_made_once_until_the_batch_changes(kv: va.KVAllocator
         batch.touch,
         lambda: batch.fill_rows([0], [4]),
         batch.note_advance,
+        batch.advance,
     ]
     for n, change in enumerate(changes, start=1):
         assert batch.derived("a", make_one) == batch.derived("a", make_one) == 0
@@ -808,6 +878,11 @@ ATTEND_REFUSES: dict[str, tuple[dict[str, Any], str]] = {
     "window-not-causal": ({"window": 4, "causal": False}, "it needs causal=True"),
     "softcap": ({"softcap": -1.0}, "softcap must be"),
     "softcap-nan": ({"softcap": math.nan}, "softcap must be"),
+    "softcap-inf": ({"softcap": math.inf}, "softcap must be"),
+    "softcap-none": ({"softcap": None}, "softcap must be"),
+    "scale-nan": ({"scale": math.nan}, "scale must be"),
+    "scales": ({"scales": Scales(k=torch.ones(1, 2))}, "8-bit floats stand for; K is of"),
+    "q-strided-heads": ({"q": torch.ones(2, 4, 32)[..., ::2]}, "q must have dense heads"),
     "sinks-shape": ({"sinks": torch.ones(2)}, r"sinks must be \[4\] on cpu"),
     "sinks-2d": ({"sinks": torch.ones(4, 1)}, r"sinks must be \[4\] on cpu"),
     "sinks-elsewhere": ({"sinks": torch.ones(4, device="meta")}, r"sinks must be \[4\] on cpu"),
@@ -975,6 +1050,34 @@ def test_attention_does_not_keep_the_allocator(close: bool) -> None:
     del attention
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [torch.ones(2, 2), torch.ones(1, 2).half(), torch.ones(1, 2, device="meta"), torch.ones(2)],
+    ids=["rows", "dtype", "device", "heads-alone"],
+)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_scales_that_do_not_fit_are_refused(monkeypatch, name: str, scale: torch.Tensor) -> None:
+    kind = torch.float8_e4m3fn
+    needs = dataclasses.replace(BACKENDS["torch"].needs, dtypes=(kind,))
+    monkeypatch.setattr(BACKENDS["torch"], "needs", needs)
+    with make(make_layout(dtype=kind)) as kv:
+        q = torch.zeros(1, 4, 16, dtype=kind)
+        with pytest.raises(
+            va.ConfigError, match=rf"scales.{name} must be \[1, 2\] of torch.float32"
+        ):
+            attend(q, kv, 0, {kv.allocate(3): 1}, scales=Scales(**{name: scale}))
+
+
+def test_a_library_that_is_another_is_missing(monkeypatch) -> None:
+    monkeypatch.setenv(flash_attn_3.LIBRARY, "any.so")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    flash_attn_3._is_loaded.cache_clear()
+    try:
+        assert "VATTENTION_FA3 naming" in (BACKENDS["fa3_vllm"].missing() or "")
+    finally:
+        flash_attn_3._is_loaded.cache_clear()
+
+
 # ---- needs ----
 
 
@@ -994,6 +1097,7 @@ def unmet(
 # 4,096 bytes are no whole number of these rows, nor are twice as many pages.
 ROWS_OF_400 = {"row_padding_bytes": 16, "order": "balanced", "num_layers": 3}
 FP16 = {"dtypes": (torch.float16,)}
+ANY_V = ((1, 64, 1, 64),)
 
 UNMET: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "device": ({"device": "cuda"}, {}, {}, {}, "it runs on cuda, the memory is on cpu"),
@@ -1002,19 +1106,26 @@ UNMET: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
     "head-multiple": ({}, {"head_dim": 20}, {}, {}, "heads of up to 64 in multiples of 8, not 20"),
     "latent": ({}, {"v_head_dim": 0}, {}, {}, "no kernel for a latent"),
     "v-heads": ({}, {"v_head_dim": 8}, {}, {}, "V must have heads of 16 as K has, not 8"),
+    "v-heads-too-small": (
+        {"v_head_dims": ((16, 16, 9, 64), (17, 64, 1, 64))},
+        {"v_head_dim": 8},
+        {},
+        {},
+        "V must have heads of 16 as K has, not 8",
+    ),
     "window": ({"window": False}, {}, {"window": 4}, {}, "it has not sliding windows"),
     "softcap": ({}, {}, {"softcap": 1.0}, {}, "it has not a softcap"),
     "sinks": ({}, {}, {"sinks": True}, {}, "it has not sinks"),
     "heads": ({}, {}, {"num_heads": 3}, {}, "3 query heads cannot share 2 heads of K"),
     "equal-strides": (
-        {"equal_strides": True, "v_head_dims": True},
+        {"equal_strides": True, "v_head_dims": ANY_V},
         {"v_head_dim": 8, "order": "layer"},
         {},
         {},
         "K and V must lie in rows of the same size",
     ),
     "whole-rows-of-v": (
-        {"whole_rows": True, "v_head_dims": True},
+        {"whole_rows": True, "v_head_dims": ANY_V},
         {"v_head_dim": 8, "order": "layer"},
         {},
         {"max_seq_len": 65},
@@ -1037,11 +1148,11 @@ UNMET: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
         "numbers tokens up to 2,048, here are 2,048: lower max_sequences or max_seq_len",
     ),
     "max-elements": (
-        {"max_elements": 8 * 256 * 32},
+        {"max_elements": 256 * 32 - 1},
         {"order": "layer"},
         {},
         {},
-        "offsets up to 65,536 elements, here are 65,536: lower max_sequences or max_seq_len",
+        "offsets up to 8,191 elements in a sequence, here are 8,192: lower max_seq_len, or choose",
     ),
     "alignment": ({"alignment_bytes": 256}, {"order": "layer"}, {}, {}, "multiples of 256 bytes"),
     "alignment-of-heads": ({"alignment_bytes": 16}, {"head_dim": 18}, {}, {}, "of 16 bytes"),
@@ -1066,7 +1177,8 @@ def test_an_unmet_need_is_told(
 MET: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "nothing-special": ({}, {}, {}, {}),
     "largest-head": ({}, {"head_dim": 64}, {}, {}),
-    "v-heads": ({"v_head_dims": True}, {"v_head_dim": 8}, {}, {}),
+    "v-heads": ({"v_head_dims": ANY_V}, {"v_head_dim": 8}, {}, {}),
+    "v-heads-of-a-range": ({"v_head_dims": ((16, 16, 8, 8),)}, {"v_head_dim": 8}, {}, {}),
     "window": ({}, {}, {"window": 4}, {}),
     "softcap": ({"softcap": True}, {}, {"softcap": 1.0}, {}),
     "no-softcap": ({}, {}, {"softcap": 0.0}, {}),
@@ -1077,7 +1189,7 @@ MET: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, A
     # Slots are further apart, so that rows divide them.
     "whole-rows-large": ({"whole_rows": True}, ROWS_OF_400, {}, {"max_seq_len": 400}),
     "max-tokens": ({"max_tokens": 8 * 256 + 1}, {"order": "layer"}, {}, {}),
-    "max-elements": ({"max_elements": 8 * 256 * 32 + 1}, {"order": "layer"}, {}, {}),
+    "max-elements": ({"max_elements": 256 * 32}, {"order": "layer"}, {}, {}),
     "alignment": ({"alignment_bytes": 128}, {"order": "layer", "head_dim": 32}, {}, {}),
 }
 
@@ -1090,6 +1202,17 @@ def test_needs_that_are_met(
     allocator: dict[str, Any],
 ) -> None:
     assert unmet(needs, layout, options, **allocator) == []
+
+
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "fits"),
+    [(64, 512, True), (64, 520, False), (128, 64, False), (192, 128, True), (192, 96, False)],
+)
+def test_flash_attention_3_is_told_which_heads_of_v_it_has(k_dim, v_dim, fits) -> None:
+    needs = dataclasses.replace(BACKENDS["fa3"].needs, device="cpu")
+    layout = make_layout(head_dim=k_dim, v_head_dim=v_dim, dtype=torch.bfloat16)
+    with make(layout) as kv:
+        assert (needs.unmet_by(kv, OPTIONS) == []) is fits
 
 
 def test_all_unmet_needs_are_told_at_once() -> None:
@@ -1107,18 +1230,20 @@ def test_every_limit_is_held_where_addresses_really_exceed_it(name: str) -> None
     needs = dataclasses.replace(BACKENDS[name].needs, device="cpu", capabilities=None)
     layout = va.KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float16)
     rows_in_a_page = HOST_PAGE_BYTES // 16
-    for limit, unit_tokens, word in (
-        (needs.max_tokens, 1, "numbers tokens up to"),
-        (needs.max_elements, 8, "computes offsets up to"),
-    ):
-        if limit is None:
-            continue
-        tokens = limit // unit_tokens
-        for slots in (1, 16):
-            for most, told in ((tokens // slots, True), (tokens // slots - rows_in_a_page, False)):
-                with make(layout, max_sequences=slots, max_seq_len=most) as kv:
-                    reasons = needs.unmet_by(kv, Options(num_heads=1))
-                    assert any(word in reason for reason in reasons) is told, reasons
+    cases = []
+    for slots in (1, 16):
+        if needs.max_tokens is not None:
+            most = needs.max_tokens // slots
+            cases += [(slots, most, "numbers tokens", True)]
+            cases += [(slots, most - rows_in_a_page, "numbers tokens", False)]
+        if needs.max_elements is not None:
+            most = needs.max_elements // 8
+            cases += [(slots, most + 1, "computes offsets", True)]
+            cases += [(slots, most, "computes offsets", False)]
+    for slots, most, word, told in cases:
+        with make(layout, max_sequences=slots, max_seq_len=most) as kv:
+            reasons = needs.unmet_by(kv, Options(num_heads=1))
+            assert any(word in reason for reason in reasons) is told, reasons
 
 
 def test_the_first_and_the_last_layer_are_looked_at() -> None:
@@ -1155,11 +1280,11 @@ def test_tail_slack_depends_on_the_width_of_the_dtype() -> None:
             assert (needs.slack_unmet_by(kv, exact=False) == []) is ok
 
 
-def test_tail_slack_for_what_is_installed(fakes) -> None:
+def test_slack_for_what_is_installed(fakes) -> None:
     fakes(
         tiles=dataclasses.replace(NEEDS, tail_slack_tokens=32, tail_slack_tokens_8bit=48),
-        longer=dataclasses.replace(NEEDS, tail_slack_tokens=64, **FP16),
-        other=dataclasses.replace(NEEDS, tail_slack_tokens=99, device="cuda"),
+        longer=dataclasses.replace(NEEDS, tail_slack_tokens=64, front_slack_tokens=40, **FP16),
+        other=dataclasses.replace(NEEDS, tail_slack_tokens=99, front_slack_tokens=7, device="cuda"),
         plain=NEEDS,
     )
     assert tail_slack_tokens(torch.float32, "cpu") == 32
@@ -1167,6 +1292,9 @@ def test_tail_slack_for_what_is_installed(fakes) -> None:
     assert tail_slack_tokens(torch.float32, "cuda") == 99
     assert tail_slack_tokens(torch.float32, "cpu", "plain") == 0
     assert tail_slack_tokens(torch.float32, "cpu", "other") == 0  # of no use there
+    assert front_slack_tokens("cpu") == 40
+    assert front_slack_tokens("cpu", "plain") == 0
+    assert front_slack_tokens() == 7
     with pytest.raises(va.ConfigError, match="backend must be"):
         tail_slack_tokens(backend="none")
 

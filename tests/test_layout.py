@@ -5,9 +5,11 @@ import itertools
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 
+import vattention as va
 from vattention.errors import ConfigError
 from vattention.layout import BALANCED_ROW_BYTES, KVLayout, TensorSpec
 
@@ -392,6 +394,23 @@ def test_addresses_are_refused_only_beyond_their_limit():
         layout.region_geometry(2**29, 2**29 + 1, 2**20)
     with pytest.raises(ConfigError, match="4.00 EiB"):
         layout.region_geometry(2**62, 2**62, 2**62 - 16, 2**62)
+
+
+def test_integers_of_32_bits_do_not_wrap():
+    small = np.int32
+    layout = llama(
+        num_layers=small(32), num_kv_heads=small(8), head_dim=small(128), v_head_dim=small(128)
+    )
+    same = llama(v_head_dim=128)
+    assert layout == same
+    args = small(4), small(131_072), small(2**21)
+    assert layout.region_geometry(*args) == same.region_geometry(*map(int, args))
+    assert layout.pages(small(131_072), small(2**21)) == same.pages(131_072, 2**21)
+    with va.KVAllocator(
+        layout, max_sequences=small(4), max_seq_len=small(131_072), device="cpu", memory="1MiB"
+    ) as kv:
+        assert kv._geometry.reserved_bytes == 64 * 2**30
+        assert type(kv.max_seq_len) is int
 
 
 def test_layout_is_a_value():

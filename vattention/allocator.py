@@ -114,7 +114,7 @@ class KVAllocator:
         slack = check_int(tail_slack_tokens, name="tail_slack_tokens", minimum=0)
         guard_pages = _guard_pages(layout, slack, pool.page_bytes)
         self._geometry = layout.region_geometry(
-            max_sequences, max_seq_len, pool.page_bytes, guard_pages
+            self.max_sequences, self.max_seq_len, pool.page_bytes, guard_pages
         )
         self._core: _core.Allocator | None = _core.Allocator(
             pool=pool._core,
@@ -132,8 +132,8 @@ class KVAllocator:
                 if max_extent is None
                 else parse_bytes(max_extent, name="max_extent")
             ),
-            max_sequences=max_sequences,
-            max_seq_len=max_seq_len,
+            max_sequences=self.max_sequences,
+            max_seq_len=self.max_seq_len,
             tail_slack_tokens=slack,
             guard_pages=guard_pages,
             lookahead_tokens=check_int(lookahead_tokens, name="lookahead_tokens", minimum=0),
@@ -337,9 +337,11 @@ class KVAllocator:
             strides=list(spec.strides),
             item_bytes=dtype.itemsize,
         )
-        integers: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-        assert integers.dtype == _INTEGER_OF_SIZE[dtype.itemsize]
-        return integers.view(dtype)
+        # Tensors made inside inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            integers: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
+            assert integers.dtype == _INTEGER_OF_SIZE[dtype.itemsize]
+            return integers.view(dtype)
 
 
 def _check_lengths(lengths: torch.Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import re
 from fractions import Fraction
@@ -13,6 +14,7 @@ __all__ = [
     "MAX_BYTES",
     "check_bool",
     "check_int",
+    "check_number",
     "check_tokens",
     "format_bytes",
     "parse_bytes",
@@ -61,6 +63,18 @@ def check_int(value: object, *, name: str, minimum: int, maximum: int = MAX_BYTE
     if number is not None and number > MAX_BYTES:
         limit = f"of at most {maximum}"
     raise ConfigError(f"{name} must be an int {limit}; got {_shown(value)}")
+
+
+def check_number(value: object, *, name: str, minimum: float = -math.inf) -> float:
+    """Return `value` if it is a finite number of at least `minimum`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, (int, float)) and math.isfinite(value) and value >= minimum:
+        return value
+    limit = "" if minimum == -math.inf else f" of at least {minimum:g}"
+    raise ConfigError(f"{name} must be a finite number{limit}; got {_shown(value)}")
 
 
 def check_tokens(value: object, *, name: str) -> int:

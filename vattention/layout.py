@@ -155,12 +155,12 @@ class KVLayout:
     row_padding_bytes: int = 0
 
     def __post_init__(self) -> None:
-        """Check every argument."""
-        check_int(self.num_layers, name="num_layers", minimum=1, maximum=_MAX_LAYERS)
-        check_int(self.num_kv_heads, name="num_kv_heads", minimum=1)
-        check_int(self.head_dim, name="head_dim", minimum=1)
+        """Check every argument, and keep Python's own integers: others wrap when they are large."""
+        self._keep_int("num_layers", minimum=1, maximum=_MAX_LAYERS)
+        self._keep_int("num_kv_heads", minimum=1)
+        self._keep_int("head_dim", minimum=1)
         if self.v_head_dim is not None:
-            check_int(self.v_head_dim, name="v_head_dim", minimum=0)
+            self._keep_int("v_head_dim", minimum=0)
         _check_dtype(self.dtype)
         if self.order not in get_args(Order):
             raise ConfigError(f"order must be one of {get_args(Order)}; got {self.order!r}")
@@ -170,14 +170,17 @@ class KVLayout:
                     f'layers_per_row must be None with order="layer", where a row holds one '
                     f"layer's K or V; got {self.layers_per_row!r}"
                 )
-            check_int(
-                self.layers_per_row, name="layers_per_row", minimum=1, maximum=self.num_layers
-            )
-        _check_aligned(self.row_padding_bytes, name="row_padding_bytes", minimum=0)
+            self._keep_int("layers_per_row", minimum=1, maximum=self.num_layers)
+        self._keep_int("row_padding_bytes", minimum=0)
+        _aligned(self.row_padding_bytes, name="row_padding_bytes", minimum=0)
         if self.order == "layer" and self.row_padding_bytes:
             raise ConfigError(
                 f'row_padding_bytes must be 0 with order="layer"; got {self.row_padding_bytes}'
             )
+
+    def _keep_int(self, name: str, *, minimum: int, maximum: int = MAX_BYTES) -> None:
+        value = check_int(getattr(self, name), name=name, minimum=minimum, maximum=maximum)
+        object.__setattr__(self, name, value)
 
     @classmethod
     def latent(
@@ -277,7 +280,7 @@ class KVLayout:
         Raises:
             ConfigError: there is no such layer.
         """
-        check_int(layer, name="layer", minimum=0, maximum=self.num_layers - 1)
+        layer = check_int(layer, name="layer", minimum=0, maximum=self.num_layers - 1)
         group, place = divmod(layer, self._layers_per_row)
         k_bytes, v_bytes = self._k_stride_bytes, self._v_stride_bytes
         if self._apart:
@@ -305,8 +308,8 @@ class KVLayout:
         Raises:
             ConfigError: an argument cannot be used.
         """
-        check_int(tokens, name="tokens", minimum=0)
-        _check_aligned(page_bytes, name="page_bytes", minimum=1)
+        tokens = check_int(tokens, name="tokens", minimum=0)
+        page_bytes = _aligned(page_bytes, name="page_bytes", minimum=1)
         return tuple(-(-tokens * row // page_bytes) for row in self.row_bytes)
 
     def mapped_bytes(self, tokens: int, page_bytes: int) -> int:
@@ -332,7 +335,7 @@ class KVLayout:
         Raises:
             ConfigError: the argument cannot be used.
         """
-        _check_aligned(page_bytes, name="page_bytes", minimum=1)
+        _aligned(page_bytes, name="page_bytes", minimum=1)
         return page_bytes // max(self.row_bytes)
 
     def region_geometry(
@@ -352,9 +355,10 @@ class KVLayout:
         Raises:
             ConfigError: an argument cannot be used, or the addresses exceed `MAX_BYTES`.
         """
-        check_int(max_sequences, name="max_sequences", minimum=1)
-        check_int(max_seq_len, name="max_seq_len", minimum=1)
-        check_int(guard_pages, name="guard_pages", minimum=0)
+        max_sequences = check_int(max_sequences, name="max_sequences", minimum=1)
+        max_seq_len = check_int(max_seq_len, name="max_seq_len", minimum=1)
+        guard_pages = check_int(guard_pages, name="guard_pages", minimum=0)
+        page_bytes = _aligned(page_bytes, name="page_bytes", minimum=1)
         strides = [
             _whole_rows((pages + guard_pages) * page_bytes, row, page_bytes)
             for pages, row in zip(self.pages(max_seq_len, page_bytes), self.row_bytes, strict=True)
@@ -405,8 +409,8 @@ class KVLayout:
             ConfigError: an argument cannot be used.
         """
         place = self.placement(layer)
-        check_int(max_sequences, name="max_sequences", minimum=1)
-        check_int(max_seq_len, name="max_seq_len", minimum=1)
+        max_sequences = check_int(max_sequences, name="max_sequences", minimum=1)
+        max_seq_len = check_int(max_seq_len, name="max_seq_len", minimum=1)
         for name, given in (
             ("region_offsets_bytes", region_offsets_bytes),
             ("slot_strides_bytes", slot_strides_bytes),
@@ -420,10 +424,10 @@ class KVLayout:
         def spec(region: int, offset_bytes: int, dim: int) -> TensorSpec:
             row_bytes = self.row_bytes[region]
             base = region_offsets_bytes[region]
-            _check_aligned(base, name=f"region_offsets_bytes[{region}]", minimum=0)
+            _aligned(base, name=f"region_offsets_bytes[{region}]", minimum=0)
             stride = slot_strides_bytes[region]
             name = f"slot_strides_bytes[{region}]"
-            _check_aligned(stride, name=name, minimum=max_seq_len * row_bytes)
+            _aligned(stride, name=name, minimum=max_seq_len * row_bytes)
             return TensorSpec(
                 offset_bytes=base + offset_bytes,
                 shape=(max_sequences, max_seq_len, self.num_kv_heads, dim),
@@ -471,9 +475,11 @@ def _whole_rows(stride_bytes: int, row_bytes: int, page_bytes: int) -> int:
     return both if both <= 2 * stride_bytes else stride_bytes
 
 
-def _check_aligned(value: object, *, name: str, minimum: int) -> None:
-    if check_int(value, name=name, minimum=minimum) % ALIGNMENT_BYTES:
+def _aligned(value: object, *, name: str, minimum: int) -> int:
+    number = check_int(value, name=name, minimum=minimum)
+    if number % ALIGNMENT_BYTES:
         raise ConfigError(f"{name} must be a multiple of {ALIGNMENT_BYTES}; got {value}")
+    return number
 
 
 def _check_dtype(dtype: object) -> None:

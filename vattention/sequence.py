@@ -68,7 +68,8 @@ class Sequence:
 
         Whole extents below it go back to the pool once the GPU has passed this point of the
         current stream; reading there afterwards faults. The tokens above keep their addresses.
-        The call for a sliding window.
+        The call for a sliding window. Attention kernels load some tokens below a window as well:
+        leave as many as :func:`vattention.attention.front_slack_tokens` says.
 
         Raises:
             StaleSequence: it has been freed.

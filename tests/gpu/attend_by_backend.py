@@ -315,6 +315,38 @@ def limit(name: str, layout: va.KVLayout, tokens: int, words: str) -> None:
                 expect_attention(part, query, *written[seq], True, what)
 
 
+def limit_in_a_sequence(name: str, layout: va.KVLayout, elements: int) -> None:
+    """Rows so far apart that a sequence's last is beyond a limit are refused; up to it, right."""
+    most = elements * layout.itemsize // layout.row_bytes[0]
+    heads, pool = 4 * layout.num_kv_heads, va.Pool("8GiB", DEVICE, background=False)
+    with va.KVAllocator(layout, max_sequences=1, max_seq_len=most + 1, pool=pool) as kv:
+        q = torch.zeros(1, heads, layout.head_dim, device=DEVICE, dtype=layout.dtype)
+        try:
+            attend(q, kv, 0, {kv.allocate(1): 1}, backend=name)
+        except va.ConfigError as refused:
+            require("elements in a sequence" in str(refused), f"not the limit: {refused}")
+            require("max_seq_len" in str(refused), f"it is not said what to do: {refused}")
+        else:
+            raise WrongAnswer(f"{most + 1:,} tokens a slot were not refused")
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    layer = layout.num_layers - 1
+    with va.KVAllocator(layout, max_sequences=1, max_seq_len=most, pool=pool) as kv:
+        seq = kv.allocate(most)
+        shape = most, layout.num_kv_heads, layout.head_dim
+        written = [
+            torch.randn(shape, device=DEVICE, generator=generator).to(layout.dtype)
+            for _ in range(2)
+        ]
+        for tensor, values in zip(kv.layer(layer), written, strict=True):
+            tensor[seq.slot] = values
+        for queries in (1, 70):
+            q = torch.randn(queries, heads, layout.head_dim, device=DEVICE, generator=generator)
+            q = q.to(layout.dtype)
+            output = call(name, q, kv, layer, Batch.of({seq: queries}))
+            what = f"{queries} queries at the end of {most:,} tokens"
+            expect_attention(output, q, *written, True, what)
+
+
 class Graph:
     """A step of decode as a CUDA graph: lengths advance, K and V are written, attention."""
 
@@ -677,8 +709,9 @@ def cases_of(name: str) -> dict[str, dict[str, Callable[[], None]]]:
     if needs.max_tokens is not None:
         add("graph", "limit-tokens", limit, small, needs.max_tokens, "numbers tokens up to")
     if needs.max_elements is not None:
-        tokens = needs.max_elements // small.head_dim
-        add("graph", "limit-elements", limit, small, tokens, "computes offsets up to")
+        # 65,536 elements a row.
+        wide = make_layout(dtype, num_layers=32)
+        add("graph", "limit-elements", limit_in_a_sequence, wide, needs.max_elements)
     if needs.graph_safe or DEVICE == "cpu":
         add("graph", "token", graph, make_layout(dtype), 4)
         add("graph", "balanced", graph, make_layout(dtype, order="balanced", num_layers=6), 1)

@@ -11,7 +11,7 @@ from vattention.attention.append import Rope, append
 from vattention.attention.attend import Attention, attend, backends
 from vattention.attention.backend import Backend, Scales
 from vattention.attention.batch import Batch
-from vattention.attention.choice import BACKENDS, tail_slack_tokens
+from vattention.attention.choice import BACKENDS, front_slack_tokens, tail_slack_tokens
 from vattention.attention.needs import Needs, Options
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "append",
     "attend",
     "backends",
+    "front_slack_tokens",
     "tail_slack_tokens",
 ]

@@ -2,7 +2,8 @@
 
 One kernel writes both, and rotates queries and K by their positions first (RoPE) if it is told to.
 It takes slots and positions from the batch, on the device, so that a CUDA graph of it writes to
-wherever the sequences are when it is replayed. Where there is no Triton, torch does the same.
+wherever the sequences are when it is replayed. Where there is no Triton, torch does the
+same: on a GPU it waits there, and cannot be captured.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vattention.attention.batch import Batch
+from vattention.attention.device import on
 from vattention.errors import ConfigError
 
 try:
@@ -69,7 +71,7 @@ def append(
         q: queries to turn, ``[num_queries, num_heads, head_dim]``.
 
     Returns:
-        The queries, turned, in a new tensor; None if `q` is None.
+        The queries, turned, in a new tensor; None if `q` is None. No gradients pass through it.
 
     Raises:
         ConfigError: a tensor does not fit the batch or the layout; nothing was written.
@@ -83,8 +85,10 @@ def append(
     if rope is not None:
         _check_rope(rope, q, batch, keys)
     if kv.device.type == "cuda" and append_triton is not None:
-        return append_triton.append(k, v, keys, values, batch, rope, q)
-    return _append(k, v, keys, values, batch, rope, q)
+        with on(kv.device):
+            return append_triton.append(k, v, keys, values, batch, rope, q)
+    with torch.no_grad():
+        return _append(k, v, keys, values, batch, rope, q)
 
 
 def _append(
@@ -103,7 +107,7 @@ def _append(
         at = positions.clamp(min=0)
         k = _turn(k, rope, at)
         turned = None if q is None else _turn(q, rope, at)
-    if not bool(live.all()):  # on the host, where looking costs nothing
+    if not bool(live.all()):
         positions, rows, k, v = positions[live], rows[live], k[live], v[live]
     slots = batch.slots[rows].long()
     keys[slots, positions] = k.to(keys.dtype)
@@ -127,10 +131,16 @@ def _turn(x: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:
 
 def _check(new: torch.Tensor, cache: torch.Tensor, batch: Batch, name: str) -> None:
     wanted = (batch.num_queries, *cache.shape[2:])
-    if new.shape != wanted or new.device != cache.device or not new.is_floating_point():
+    batch.require_filled()
+    if new.shape != wanted or new.device != cache.device:
         raise ConfigError(
             f"{name} must be {list(wanted)} on {cache.device}; got {list(new.shape)} of "
             f"{new.dtype} on {new.device}"
+        )
+    if not (new.is_floating_point() and cache.is_floating_point()):
+        raise ConfigError(
+            f"append writes floating point, not {new.dtype} into {cache.dtype}: write quantised "
+            "numbers into KVAllocator.layer()"
         )
     if new.stride(-1) != 1:
         raise ConfigError(f"{name} must have dense heads; its strides are {new.stride()}")

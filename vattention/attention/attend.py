@@ -18,6 +18,7 @@ from vattention.allocator import KVAllocator
 from vattention.attention.backend import Backend, Scales
 from vattention.attention.batch import Batch
 from vattention.attention.choice import BACKENDS, backend_class, fastest
+from vattention.attention.device import on
 from vattention.attention.needs import Options
 from vattention.errors import BackendUnavailable, ConfigError
 from vattention.sequence import Sequence
@@ -96,12 +97,15 @@ class Attention:
     ) -> torch.Tensor:
         """Attention of a batch's queries over what its sequences hold; see :func:`attend`."""
         self._check(q, batch, sinks)
-        backend = self.backend_for(batch)
-        k, v = batch.kv.layer(layer)
-        if batch.max_length < self._max_seq_len:
-            stop = max(batch.max_length, 1)
-            k, v = k[:, :stop], v[:, :stop]
-        return backend.attend(q, k, v, batch, sinks=sinks, scales=scales)
+        if scales is not None:
+            self._check_scales(scales, batch)
+        with on(self._device):
+            backend = self.backend_for(batch)
+            k, v = batch.kv.layer(layer)
+            if batch.max_length < self._max_seq_len:
+                stop = max(batch.max_length, 1)
+                k, v = k[:, :stop], v[:, :stop]
+            return backend.attend(q, k, v, batch, sinks=sinks, scales=scales)
 
     @property
     def front_slack_tokens(self) -> int:
@@ -180,6 +184,7 @@ class Attention:
         return reasons
 
     def _check(self, q: torch.Tensor, batch: Batch, sinks: torch.Tensor | None) -> None:
+        batch.require_filled()
         layout = self._layout
         wanted = (batch.num_queries, self.options.num_heads, layout.head_dim)
         if q.shape != wanted or q.dtype is not layout.dtype or q.device != self._device:
@@ -187,6 +192,8 @@ class Attention:
                 f"q must be {list(wanted)} of {layout.dtype} on {self._device}; got "
                 f"{list(q.shape)} of {q.dtype} on {q.device}"
             )
+        if q.stride(-1) != 1:
+            raise ConfigError(f"q must have dense heads; its strides are {q.stride()}")
         if batch.kv is not self._kv():
             raise ConfigError("the batch is of another allocator than this attention")
         if (sinks is not None) is not self.options.sinks:
@@ -197,6 +204,21 @@ class Attention:
                 f"sinks must be [{heads}] on {self._device}; got {list(sinks.shape)} on "
                 f"{sinks.device}"
             )
+
+    def _check_scales(self, scales: Scales, batch: Batch) -> None:
+        layout = self._layout
+        if layout.itemsize > 1:
+            raise ConfigError(f"scales say what 8-bit floats stand for; K is of {layout.dtype}")
+        wanted = (batch.num_rows, layout.num_kv_heads)
+        for name, scale in (("q", scales.q), ("k", scales.k), ("v", scales.v)):
+            if scale is None:
+                continue
+            alike = scale.shape == wanted and scale.device == self._device
+            if not alike or scale.dtype is not torch.float32:
+                raise ConfigError(
+                    f"scales.{name} must be {list(wanted)} of torch.float32 on {self._device}; got "
+                    f"{list(scale.shape)} of {scale.dtype} on {scale.device}"
+                )
 
     def __repr__(self) -> str:
         """What it may call."""
@@ -229,17 +251,18 @@ def attend(
 
     Args:
         q: queries, ``[num_queries, num_heads, head_dim]``, row after row of the batch, in the
-            layout's dtype.
+            layout's dtype, with dense heads.
         kv: the allocator.
         layer: 0 to ``num_layers - 1``.
         batch: which sequences, and how many queries each has; or a mapping that says so, of which
             a batch is made for this call.
         causal: whether a query sees nothing behind its own position.
-        window: how many tokens a query sees, itself included; None: all before it.
+        window: how many tokens a query sees, itself included; None: all before it. Kernels load
+            some tokens below it too: keep `front_slack_tokens` of them mapped.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
         sinks: ``[num_heads]``, a logit for each head that takes weight and has no value.
         scale: factor on the scores; None: ``head_dim ** -0.5``.
-        scales: what 8-bit floats stand for.
+        scales: what 8-bit floats stand for; where the layout has them.
         backend: "auto", or one of ``BACKENDS``.
 
     Returns:

@@ -6,9 +6,10 @@ tensors that attention takes.
 
 What is always true:
 
-- `slots`, `lengths`, `query_starts` and `query_rows` keep their addresses for the life of a batch,
-  so a CUDA graph that was captured with it stays valid when it is filled anew.
-- Filling it is one copy to the device, which the host does not wait for.
+- `slots`, `lengths`, `query_starts` and `query_rows` keep their addresses while the batch has as
+  many rows, and one for graphs always has: so a CUDA graph that was captured with it stays valid
+  when it is filled anew.
+- Filling it is one copy to the device and a few small kernels; the host waits for none of them.
 - A row of length 0 is padding: it reads nothing, nothing is written for it, its output is zero.
 - `max_queries` and `max_length` are bounds that the host knows, `host_slots` and `host_queries`
   what it was filled with. `host_lengths` are the lengths themselves, and None once the host does
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from vattention.allocator import KVAllocator
+from vattention.attention.device import on
 from vattention.config import check_int
 from vattention.errors import ConfigError
 from vattention.sequence import Sequence
@@ -47,7 +49,9 @@ class Batch:
         kv: the allocator whose slots are meant.
         max_rows: the most sequences it is filled with.
         max_queries: the most queries, of all sequences together; by default one for each.
-        graph: it will be captured into CUDA graphs: only backends that can be are chosen.
+        graph: it will be captured into CUDA graphs: only backends that can be are chosen, and it
+            is always filled with as many rows and queries as the first time; rows that are not in
+            use are padding.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -146,13 +150,14 @@ class Batch:
             slots: a slot for each row.
             lengths: tokens of each row, this step's included; mapped already. 0: padding.
             queries: how many of its last tokens are queries; by default one for each. Padding
-                has queries too, as many as are said here.
+                has one.
             max_length: a bound that is kept instead of the longest of `lengths`, so that a graph
                 captured now serves longer ones; at most the allocator's `max_seq_len`.
 
         Raises:
             ConfigError: lists of different sizes, more rows or queries than there is room for, or
-                a number out of range or not whole. Nothing has changed.
+                other numbers of them than a graph was made for, or a number out of range or not
+                whole. Nothing has changed.
         """
         slots = _whole_numbers(slots, "slots")
         lengths = _whole_numbers(lengths, "lengths")
@@ -168,6 +173,15 @@ class Batch:
         total = sum(counts)
         if total > self.capacity:
             raise ConfigError(f"{total} queries do not fit max_queries={self.capacity}")
+        if (
+            self.graph
+            and self.num_rows
+            and (len(slots), total) != (self.num_rows, self.num_queries)
+        ):
+            raise ConfigError(
+                f"graphs of this batch have {self.num_rows} rows and {self.num_queries} queries, "
+                f"not {len(slots)} and {total}: fill up with rows of length 0"
+            )
         longest = max(lengths)
         if max_length is not None:
             longest = check_int(
@@ -198,13 +212,16 @@ class Batch:
         :meth:`note_advance`, whenever the graph is replayed.
         """
         self.lengths.add_((self.lengths > 0).to(torch.int32))
+        self.touch()
 
     def note_advance(self) -> None:
         """What :meth:`advance` did, for `host_lengths` and `max_length`.
 
         Raises:
-            ConfigError: a row would be longer than `max_seq_len`; nothing has changed.
+            ConfigError: a row would be longer than `max_seq_len`, or than what graphs of this batch
+                were captured for; nothing has changed.
         """
+        self.require_filled()
         if self.host_lengths is None:
             raise ConfigError("the host does not know this batch's lengths: fill it first")
         longest = max(self.host_lengths) + 1
@@ -212,9 +229,19 @@ class Batch:
             raise ConfigError(
                 f"a row would have {longest} tokens, where max_seq_len={self.kv.max_seq_len}"
             )
+        if self.graph and longest > self.max_length:
+            raise ConfigError(
+                f"a row would have {longest} tokens, where graphs of this batch are for "
+                f"{self.max_length}: fill it with a larger max_length before they are captured"
+            )
         self.host_lengths = [length + (length > 0) for length in self.host_lengths]
         self.max_length = max(self.max_length, longest)
         self.touch()
+
+    def require_filled(self) -> None:
+        """Raises a `ConfigError` unless it has rows."""
+        if not self.num_rows:
+            raise ConfigError("this batch has no rows yet: fill() it first")
 
     def touch(self) -> None:
         """Forgets what was derived from the device's numbers: they have changed.
@@ -254,8 +281,10 @@ class Batch:
     @property
     def is_captured(self) -> bool:
         """Whether a CUDA graph will hold it, or the stream in use is being captured."""
-        on_gpu = self.kv.device.type == "cuda"
-        return self.graph or (on_gpu and torch.cuda.is_current_stream_capturing())
+        if self.graph or self.kv.device.type != "cuda":
+            return self.graph
+        with on(self.kv.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def _cut(self) -> None:
         """The views of what is in use; those of a batch of as many rows are always the same."""

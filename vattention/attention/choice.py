@@ -31,7 +31,7 @@ from vattention.attention.torch_efficient import TorchEfficient
 from vattention.attention.torch_flash import TorchFlash
 from vattention.errors import ConfigError
 
-__all__ = ["BACKENDS", "backend_class", "fastest", "tail_slack_tokens"]
+__all__ = ["BACKENDS", "backend_class", "fastest", "front_slack_tokens", "tail_slack_tokens"]
 
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend
@@ -81,16 +81,38 @@ def tail_slack_tokens(
     Raises:
         ConfigError: no such backend.
     """
-    kind = torch.device(device).type
-    classes = BACKENDS.values() if backend == "auto" else [backend_class(backend)]
     return max(
         (
             found.needs.tail_slack_of(dtype)
-            for found in classes
-            if found.needs.device == kind and dtype in found.needs.dtypes and not found.missing()
+            for found in _usable(device, backend)
+            if dtype in found.needs.dtypes
         ),
         default=0,
     )
+
+
+def front_slack_tokens(device: torch.device | str = "cuda", backend: str = "auto") -> int:
+    """How many tokens below a sliding window a backend loads, though they do not count.
+
+    Where memory below a window is given back, keep so many mapped:
+    ``seq.trim_front(max(0, seq.length - window - front_slack_tokens()))``. For "auto": enough for
+    every one of them that is installed.
+
+    Args:
+        device: where K and V are.
+        backend: "auto" or a name of `BACKENDS`.
+
+    Raises:
+        ConfigError: no such backend.
+    """
+    return max((found.needs.front_slack_tokens for found in _usable(device, backend)), default=0)
+
+
+def _usable(device: torch.device | str, backend: str) -> list[type[Backend]]:
+    """Those of that name, or all, that are installed for a kind of device."""
+    kind = torch.device(device).type
+    classes = BACKENDS.values() if backend == "auto" else [backend_class(backend)]
+    return [found for found in classes if found.needs.device == kind and not found.missing()]
 
 
 def fastest(

@@ -185,7 +185,8 @@ _NEEDS = Needs(
     capabilities=_HOPPER,
     dtypes=(torch.float16, torch.bfloat16, torch.float8_e4m3fn),
     head_dims=(256, 8),
-    v_head_dims=True,
+    # As hopper/flash_api.cpp says.
+    v_head_dims=((1, 64, 1, 512), (129, 192, 97, 128)),
     tail_slack_tokens=192,
     tail_slack_tokens_8bit=224,
     front_slack_tokens=224,
@@ -282,4 +283,7 @@ def _import(package: str) -> bool:
 
 @functools.cache
 def _is_loaded(cls: type[_FlashAttention3]) -> bool:
-    return hasattr(getattr(torch.ops, cls.namespace), "fwd") or cls._load()
+    def is_registered() -> bool:
+        return hasattr(getattr(torch.ops, cls.namespace), "fwd")
+
+    return is_registered() or (cls._load() and is_registered())

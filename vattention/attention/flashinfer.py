@@ -119,8 +119,6 @@ class FlashInfer(Backend):
         """See `Backend.attend`."""
         import flashinfer
 
-        if q.stride(-1) != 1:
-            q = q.contiguous()
         if self._has_fa3 and batch.num_rows == 1 and batch.num_queries >= _FA3_QUERIES:
             assert batch.host_lengths is not None
             slot, length = batch.host_slots[0], batch.host_lengths[0]
@@ -143,7 +141,8 @@ class FlashInfer(Backend):
         slot_tokens = k.stride(0) // k.stride(1)
         page_tokens = min(_PAGE_TOKENS, k.shape[1])
         plan: _Plan = batch.derived(
-            ("flashinfer", self, slot_tokens, page_tokens),
+            # A plan has scratch memory of its stream.
+            ("flashinfer", self, slot_tokens, page_tokens, torch.cuda.current_stream()),
             lambda: self._plan(batch, slot_tokens, page_tokens),
         )
         output = plan.wrapper.run(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vattention.allocator import KVAllocator
-from vattention.config import check_int
+from vattention.config import check_int, check_number
 from vattention.errors import ConfigError
 
 __all__ = ["Needs", "Options"]
@@ -44,8 +44,9 @@ class Options:
             check_int(self.window, name="window", minimum=1, maximum=2**31 - 1)
             if not self.causal:
                 raise ConfigError("a window looks back from each query: it needs causal=True")
-        if not self.softcap >= 0:
-            raise ConfigError(f"softcap must be 0 (none) or more; got {self.softcap}")
+        check_number(self.softcap, name="softcap", minimum=0)
+        if self.scale is not None:
+            check_number(self.scale, name="scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ class Needs:
             to before the second; None: any.
         dtypes: of K, V and the queries.
         head_dims: the largest head, and what a head's size must be a multiple of.
-        v_head_dims: whether V's heads may differ from K's.
+        v_head_dims: which sizes of V's heads may differ from K's: for heads of K from the first
+            to the second, heads of V from the third to the fourth.
         tail_slack_tokens: tokens behind a length that are loaded though they do not count, so
             that something must be mapped there. Only where the tensor that is handed over ends
             behind that length: one sequence alone can be handed over exactly.
@@ -69,7 +71,8 @@ class Needs:
         equal_strides: whether K and V must have the same strides.
         max_tokens: slots times their rows must stay below this, where the kernel counts rows with
             that many numbers; None: no limit that matters.
-        max_elements: elements from the first to the last of a layer's K must stay below this.
+        max_elements: a slot's rows times the elements from one to the next must not be more than
+            this, where the kernel finds the tokens of a sequence with that many numbers.
         front_slack_tokens: where it has a window, tokens below it that are loaded though they do
             not count: keep so many mapped when memory below a window is given back.
         window: whether it has sliding windows.
@@ -86,7 +89,7 @@ class Needs:
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, int]
     capabilities: tuple[tuple[int, int], tuple[int, int]] | None = None
-    v_head_dims: bool = False
+    v_head_dims: tuple[tuple[int, int, int, int], ...] = ()
     tail_slack_tokens: int = 0
     tail_slack_tokens_8bit: int = 0
     finite_tail: bool = False
@@ -126,6 +129,8 @@ class Needs:
                     f"it has kernels for compute capability {first[0]}.{first[1]} to below "
                     f"{end[0]}.{end[1]}, the device has {device[0]}.{device[1]}"
                 )
+            if layout.dtype is torch.bfloat16 and device < (8, 0):
+                reasons.append("bfloat16 needs compute capability 8.0")
         if layout.dtype not in self.dtypes:
             reasons.append(f"it takes {_names(self.dtypes)}, not {layout.dtype}")
         largest, multiple = self.head_dims
@@ -136,7 +141,10 @@ class Needs:
             )
         if layout.is_latent:
             reasons.append("it has no kernel for a latent that is K and V at once")
-        elif layout.v_dim != layout.head_dim and not self.v_head_dims:
+        elif layout.v_dim != layout.head_dim and not any(
+            k_from <= layout.head_dim <= k_to and v_from <= layout.v_dim <= v_to
+            for k_from, k_to, v_from, v_to in self.v_head_dims
+        ):
             reasons.append(f"V must have heads of {layout.head_dim} as K has, not {layout.v_dim}")
         for wanted, has, name in (
             (options.window is not None, self.window, "sliding windows"),
@@ -174,11 +182,12 @@ class Needs:
                         f"it numbers tokens up to {self.max_tokens:,}, here are {tokens:,}: lower "
                         "max_sequences or max_seq_len"
                     )
-                elements = (kv.max_sequences - 1) * slot + kv.max_seq_len * row
-                if self.max_elements is not None and elements >= self.max_elements:
+                elements = kv.max_seq_len * row
+                if self.max_elements is not None and elements > self.max_elements:
                     reasons.append(
-                        f"it computes offsets up to {self.max_elements:,} elements, here are "
-                        f"{elements:,}: lower max_sequences or max_seq_len, or use another backend"
+                        f"it computes offsets up to {self.max_elements:,} elements in a sequence, "
+                        f"here are {elements:,}: lower max_seq_len, or choose an order whose rows "
+                        "are shorter"
                     )
                 if any(stride * item % self.alignment_bytes for stride in spec.strides[:3]):
                     reasons.append(f"strides must be multiples of {self.alignment_bytes} bytes")

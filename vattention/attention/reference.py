@@ -25,7 +25,7 @@ class Torch(Backend):
         device="cpu",
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         head_dims=(2**20, 1),
-        v_head_dims=True,
+        v_head_dims=((1, 2**20, 1, 2**20),),
         softcap=True,
         sinks=True,
         graph_safe=False,

@@ -28,9 +28,11 @@ class TorchEfficient(Backend):
         capabilities=((5, 0), (100, 0)),
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         head_dims=(2**14, 8),
-        v_head_dims=True,
+        v_head_dims=((1, 2**14, 1, 2**14),),
         whole_rows=True,
         max_tokens=2**31,
+        # kernel_forward.h multiplies a key's number by the stride of K in int32.
+        max_elements=2**31,
         window=False,
     )
 

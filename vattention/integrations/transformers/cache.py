@@ -243,15 +243,13 @@ class _LayerGroup:
             dtype=shape.dtype,
             order=self._order,
         )
-        # Tensors made inside inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            kv = KVAllocator(
-                layout,
-                max_sequences=num_rows,
-                max_seq_len=self.max_seq_len,
-                pool=self._memory.pool_for(shape.device),
-            )
-            layers = [kv.layer(index) for index in range(layout.num_layers)]
+        kv = KVAllocator(
+            layout,
+            max_sequences=num_rows,
+            max_seq_len=self.max_seq_len,
+            pool=self._memory.pool_for(shape.device),
+        )
+        layers = [kv.layer(index) for index in range(layout.num_layers)]
         if layers[0][0].device != shape.device:
             kv.close()
             raise ConfigError(
@@ -554,8 +552,8 @@ class VAttentionCache(Cache):
         pool: Pool | None = None,
         order: Order = "token",
     ) -> None:
-        check_int(max_batch_size, name="max_batch_size", minimum=1)
-        check_int(max_seq_len, name="max_seq_len", minimum=1)
+        max_batch_size = check_int(max_batch_size, name="max_batch_size", minimum=1)
+        max_seq_len = check_int(max_seq_len, name="max_seq_len", minimum=1)
         if order not in get_args(Order):
             raise ConfigError(f"order must be one of {get_args(Order)}; got {order!r}")
         if not isinstance(config, PreTrainedConfig):

@@ -65,11 +65,11 @@ def enable(
     if getattr(model, "_vattention_engine", None) is not None:
         raise ConfigError("this model is enabled already: disable(model) first")
     specs = inspect_model(model)
-    check_int(max_batch_size, name="max_batch_size", minimum=1)
+    max_batch_size = check_int(max_batch_size, name="max_batch_size", minimum=1)
     if max_seq_len is None:
         text = model.config.get_text_config(decoder=True)
         max_seq_len = getattr(text, "max_position_embeddings", None) or 131_072
-    check_int(max_seq_len, name="max_seq_len", minimum=1)
+    max_seq_len = check_int(max_seq_len, name="max_seq_len", minimum=1)
     for name, flag in (("graphs", graphs), ("compile", compile), ("merge", merge)):
         check_bool(flag, name=name)
     device = specs[0].device

@@ -149,16 +149,13 @@ class Engine:
                 dtype=spec.dtype,
                 order=order,
             )
-            with torch.inference_mode(False):
-                kv = KVAllocator(
-                    layout,
-                    max_sequences=self.max_batch_size,
-                    max_seq_len=self.max_seq_len,
-                    pool=self.pool,
-                    tail_slack_tokens=slack,
-                )
-                for index in range(len(layers)):
-                    kv.layer(index)
+            kv = KVAllocator(
+                layout,
+                max_sequences=self.max_batch_size,
+                max_seq_len=self.max_seq_len,
+                pool=self.pool,
+                tail_slack_tokens=slack,
+            )
             made: dict[Options, Attention] = {}
             for index, layer in enumerate(layers):
                 self.places[layer] = (number, index)
