@@ -658,8 +658,10 @@ def test_a_fence_has_not_passed_before_the_work_in_front_of_it(
         torch.cuda._sleep(1_000_000_000)  # about half a second
     memory.record(behind, busy.cuda_stream)
     memory.record(beside, idle)
-    memory.synchronize(idle)
-    assert [memory.query(behind), memory.query(beside)] == [False, True]
+    deadline = time.monotonic() + 10
+    while not memory.query(beside):  # others on the GPU may hold it up
+        assert time.monotonic() < deadline
+    assert memory.query(behind) is False
     if waits_for == "stream":
         memory.synchronize(busy.cuda_stream)
     else:

@@ -270,6 +270,9 @@ def exact(name: str, layout: va.KVLayout) -> None:
 def limit(name: str, layout: va.KVLayout, tokens: int, words: str) -> None:
     """Addresses from a limit on are refused; below it the last slot has right answers."""
     slots, needs, heads = 4, BACKENDS[name].needs, 4 * layout.num_kv_heads
+    if needs.max_elements is not None:  # sequences must be short enough for that
+        row = layout.row_bytes[0] // layout.itemsize
+        slots = max(slots, -(-tokens * row // needs.max_elements))
     make = functools.partial(
         va.KVAllocator,
         layout,
