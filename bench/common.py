@@ -278,6 +278,7 @@ def _environment(context: Context) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version_of("triton"),
         "numpy": _version_of("numpy"),
+        "transformers": _version_of("transformers"),
         "python": platform.python_version(),
         "kernel": platform.release().partition("-")[0],
         "vattention": va.__version__,

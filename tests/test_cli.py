@@ -46,3 +46,13 @@ def test_the_module_is_the_program():
         check=True,
     )
     assert done.stdout.strip() == va.__version__
+
+
+def test_bench_says_what_has_to_be_installed(monkeypatch, capsys) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    assert main(["bench", "--help"]) == 1
+    told = capsys.readouterr().err
+    assert "needs numpy" in told and "pip install 'vattention[bench]'" in told

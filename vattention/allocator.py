@@ -60,7 +60,7 @@ class KVAllocator:
         OutOfPages: there is no room for the guard that tail slack needs.
         BackendError: the driver refused to reserve the addresses.
 
-    Every other method raises Closed after :meth:`close`.
+    After :meth:`close` every other method that needs memory raises Closed.
     """
 
     def __init__(

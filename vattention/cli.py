@@ -40,8 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    program = importlib.import_module("vattention.bench.__main__")
-    status: int = program.main(arguments)
+    try:
+        program = importlib.import_module("vattention.bench.__main__")
+        status: int = program.main(arguments)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("vattention"):
+            raise
+        print(
+            f"vattention bench needs {missing.name}, which is not installed: "
+            "pip install 'vattention[bench]'",
+            file=sys.stderr,
+        )
+        return 1
     return status
 
 

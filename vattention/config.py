@@ -60,6 +60,8 @@ def check_int(value: object, *, name: str, minimum: int, maximum: int = MAX_BYTE
     if number is not None and minimum <= number <= maximum:
         return number
     limit = f"from {minimum} to {maximum}" if maximum != MAX_BYTES else f"of at least {minimum}"
+    if minimum == -MAX_BYTES:
+        limit = "of at most 63 bits"
     if number is not None and number > MAX_BYTES:
         limit = f"of at most {maximum}"
     raise ConfigError(f"{name} must be an int {limit}; got {_shown(value)}")

@@ -14,9 +14,9 @@ class Sequence:
     """A live sequence of an allocator; made by :meth:`KVAllocator.allocate`, never by hand.
 
     It is compared and hashed by identity, so it can be a key of :meth:`KVAllocator.step`. After
-    :meth:`free` every use of it raises :class:`StaleSequence`, also when its slot has a new
-    sequence; after :meth:`KVAllocator.close`, :class:`Closed`. As a context manager it frees
-    itself. May be used from any thread.
+    :meth:`free` all that looks at its tokens or changes them raises :class:`StaleSequence`, also
+    when its slot has a new sequence; after :meth:`KVAllocator.close`, :class:`Closed`. As a context
+    manager it frees itself. May be used from any thread.
     """
 
     __slots__ = ("__weakref__", "_generation", "_kv", "_slot")

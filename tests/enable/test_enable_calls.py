@@ -22,6 +22,7 @@ from enabled_models import (  # noqa: E402
 )
 
 import vattention as va  # noqa: E402
+from vattention.integrations.transformers import new_cache  # noqa: E402
 from vattention.integrations.transformers.ragged import RaggedCache  # noqa: E402
 from vattention.integrations.transformers.versions import CACHE, CACHE_NAMES  # noqa: E402
 
@@ -43,6 +44,14 @@ def test_logits_to_keep_equal_before(keep, padded):
     assert ours.logits.shape == before.shape
     torch.testing.assert_close(ours.logits[real], before[real], rtol=1e-4, atol=1e-4)
     assert not ours.logits[~real].any()
+
+
+def test_more_tokens_than_a_row_can_have_are_not_expected():
+    model = build("llama", "cpu")
+    with enabled(model, max_seq_len=64):
+        assert new_cache(model, expected_tokens=64).lengths == []
+        with pytest.raises(va.ConfigError, match="expected_tokens must be an int from 0 to 64"):
+            new_cache(model, expected_tokens=65)
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)

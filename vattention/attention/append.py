@@ -14,6 +14,7 @@ import torch
 
 from vattention.attention.batch import Batch
 from vattention.attention.device import on
+from vattention.attention.tensors import is_tensor, shown
 from vattention.errors import ConfigError
 
 try:
@@ -43,7 +44,12 @@ class Rope:
     def __post_init__(self) -> None:
         """Checks the tables."""
         for table in (self.cos, self.sin):
-            if table.dim() != 2 or table.dtype is not torch.float32 or not table.is_contiguous():
+            if (
+                not is_tensor(table)
+                or table.dim() != 2
+                or table.dtype is not torch.float32
+                or not table.is_contiguous()
+            ):
                 raise ConfigError("cos and sin must be contiguous float32 [positions, half]")
         if self.cos.shape != self.sin.shape or self.cos.device != self.sin.device:
             raise ConfigError("cos and sin must have one shape, on one device")
@@ -76,6 +82,8 @@ def append(
     Raises:
         ConfigError: a tensor does not fit the batch or the layout; nothing was written.
     """
+    if not isinstance(batch, Batch):
+        raise ConfigError(f"batch must be a Batch; got {type(batch).__name__}")
     kv = batch.kv
     keys, values = kv.layer(layer)
     _check(k, keys, batch, "k")
@@ -132,11 +140,8 @@ def _turn(x: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:
 def _check(new: torch.Tensor, cache: torch.Tensor, batch: Batch, name: str) -> None:
     wanted = (batch.num_queries, *cache.shape[2:])
     batch.require_filled()
-    if new.shape != wanted or new.device != cache.device:
-        raise ConfigError(
-            f"{name} must be {list(wanted)} on {cache.device}; got {list(new.shape)} of "
-            f"{new.dtype} on {new.device}"
-        )
+    if not is_tensor(new) or new.shape != wanted or new.device != cache.device:
+        raise ConfigError(f"{name} must be {list(wanted)} on {cache.device}; got {shown(new)}")
     if not (new.is_floating_point() and cache.is_floating_point()):
         raise ConfigError(
             f"append writes floating point, not {new.dtype} into {cache.dtype}: write quantised "
@@ -157,13 +162,15 @@ def _check_rope(rope: Rope, q: torch.Tensor | None, batch: Batch, keys: torch.Te
             f"cos and sin have {positions} positions, the batch has {batch.max_length}"
         )
     if q is not None and (
-        q.dim() != 3
+        not is_tensor(q)
+        or q.dim() != 3
+        or not q.is_floating_point()
         or q.shape[0] != batch.num_queries
         or q.shape[2] != keys.shape[-1]
         or q.stride(-1) != 1
         or q.device != keys.device
     ):
         raise ConfigError(
-            f"q must be [{batch.num_queries}, num_heads, {keys.shape[-1]}] with dense heads on "
-            f"{keys.device}; got {list(q.shape)} on {q.device}"
+            f"q must be [{batch.num_queries}, num_heads, {keys.shape[-1]}] of floating point with "
+            f"dense heads on {keys.device}; got {shown(q)}"
         )

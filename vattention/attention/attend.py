@@ -20,6 +20,7 @@ from vattention.attention.batch import Batch
 from vattention.attention.choice import BACKENDS, backend_class, fastest
 from vattention.attention.device import on
 from vattention.attention.needs import Options
+from vattention.attention.tensors import is_tensor, shown
 from vattention.errors import BackendUnavailable, ConfigError
 from vattention.sequence import Sequence
 
@@ -30,7 +31,12 @@ def backends(kv: KVAllocator, options: Options) -> dict[str, list[str]]:
     """Every backend by name, and why it cannot run over that memory; no reasons: it can.
 
     Tail slack is not among the reasons, since it depends on the batch.
+
+    Raises:
+        ConfigError: `kv` is no allocator.
     """
+    if not isinstance(kv, KVAllocator):
+        raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
     return {
         name: [f"{missing} is not installed"] if missing else backend.needs.unmet_by(kv, options)
         for name, backend in BACKENDS.items()
@@ -189,8 +195,7 @@ class Attention:
         wanted = (batch.num_queries, self.options.num_heads, layout.head_dim)
         if q.shape != wanted or q.dtype is not layout.dtype or q.device != self._device:
             raise ConfigError(
-                f"q must be {list(wanted)} of {layout.dtype} on {self._device}; got "
-                f"{list(q.shape)} of {q.dtype} on {q.device}"
+                f"q must be {list(wanted)} of {layout.dtype} on {self._device}; got {shown(q)}"
             )
         if q.stride(-1) != 1:
             raise ConfigError(f"q must have dense heads; its strides are {q.stride()}")
@@ -199,14 +204,17 @@ class Attention:
         if (sinks is not None) is not self.options.sinks:
             raise ConfigError("pass sinks where the options say so, and only there")
         heads = self.options.num_heads
-        if sinks is not None and (sinks.shape != (heads,) or sinks.device != self._device):
+        if sinks is not None and (
+            sinks.shape != (heads,) or sinks.device != self._device or not sinks.is_floating_point()
+        ):
             raise ConfigError(
-                f"sinks must be [{heads}] on {self._device}; got {list(sinks.shape)} on "
-                f"{sinks.device}"
+                f"sinks must be [{heads}] on {self._device}, of floating point; got {shown(sinks)}"
             )
 
     def _check_scales(self, scales: Scales, batch: Batch) -> None:
         layout = self._layout
+        if not isinstance(scales, Scales):
+            raise ConfigError(f"scales must be Scales; got {type(scales).__name__}")
         if layout.itemsize > 1:
             raise ConfigError(f"scales say what 8-bit floats stand for; K is of {layout.dtype}")
         wanted = (batch.num_rows, layout.num_kv_heads)
@@ -217,7 +225,7 @@ class Attention:
             if not alike or scale.dtype is not torch.float32:
                 raise ConfigError(
                     f"scales.{name} must be {list(wanted)} of torch.float32 on {self._device}; got "
-                    f"{list(scale.shape)} of {scale.dtype} on {scale.device}"
+                    f"{shown(scale)}"
                 )
 
     def __repr__(self) -> str:
@@ -272,14 +280,12 @@ def attend(
         ConfigError: an argument does not fit, or no backend can compute this; nothing has run.
         BackendUnavailable: what the backend calls is not installed.
     """
-    if isinstance(batch, Mapping):
+    if not isinstance(batch, Batch):
         batch = Batch.of(batch)
     if batch.kv is not kv:
         raise ConfigError("the batch has sequences of another allocator")
-    if q.dim() != 3:
-        raise ConfigError(
-            f"q must be [num_queries, num_heads, head_dim]; it has the shape {list(q.shape)}"
-        )
+    if not is_tensor(q) or q.dim() != 3:
+        raise ConfigError(f"q must be [num_queries, num_heads, head_dim]; got {shown(q)}")
     key = (
         backend,
         q.shape[1],
@@ -289,7 +295,10 @@ def attend(
         sinks is None,
         scale,
     )
-    attention = kv._attentions.get(key)
+    try:
+        attention = kv._attentions.get(key)
+    except TypeError:  # one of them is no number: Options says which
+        attention = None
     if attention is None:
         options = Options(
             num_heads=key[1],

@@ -45,6 +45,8 @@ class Batch:
         kv.step({seq: seq.length + n for seq, n in new_tokens.items()})
         batch.fill(new_tokens)
 
+    It holds slots, not sequences: fill it anew when one of them has been freed.
+
     Args:
         kv: the allocator whose slots are meant.
         max_rows: the most sequences it is filled with.
@@ -103,6 +105,7 @@ class Batch:
                 queries is not from 1 to the sequence's length.
             StaleSequence: one has been freed.
         """
+        _check_mapping(queries)
         if not queries:
             raise ConfigError("a batch needs at least one sequence")
         first = next(iter(queries))
@@ -125,6 +128,7 @@ class Batch:
                 Nothing has changed.
             StaleSequence: one has been freed; nothing has changed.
         """
+        _check_mapping(queries)
         for sequence in queries:
             if not isinstance(sequence, Sequence):
                 raise ConfigError(f"queries must map sequences to numbers; got {sequence!r}")
@@ -312,6 +316,13 @@ class Batch:
         return (
             f"Batch(num_rows={self.num_rows}, num_queries={self.num_queries}, "
             f"max_length={self.max_length})"
+        )
+
+
+def _check_mapping(queries: object) -> None:
+    if not isinstance(queries, Mapping):
+        raise ConfigError(
+            f"queries must map sequences to numbers of queries; got a {type(queries).__name__}"
         )
 
 

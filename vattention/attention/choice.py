@@ -58,7 +58,10 @@ def backend_class(name: str) -> type[Backend]:
     Raises:
         ConfigError: there is none.
     """
-    found = BACKENDS.get(name)
+    try:
+        found = BACKENDS.get(name)
+    except TypeError:  # no text at all
+        found = None
     if found is None:
         raise ConfigError(f'backend must be "auto" or one of {", ".join(BACKENDS)}; got {name!r}')
     return found
@@ -79,7 +82,7 @@ def tail_slack_tokens(
         backend: "auto" or a name of `BACKENDS`.
 
     Raises:
-        ConfigError: no such backend.
+        ConfigError: no such backend, or no device.
     """
     return max(
         (
@@ -103,14 +106,17 @@ def front_slack_tokens(device: torch.device | str = "cuda", backend: str = "auto
         backend: "auto" or a name of `BACKENDS`.
 
     Raises:
-        ConfigError: no such backend.
+        ConfigError: no such backend, or no device.
     """
     return max((found.needs.front_slack_tokens for found in _usable(device, backend)), default=0)
 
 
 def _usable(device: torch.device | str, backend: str) -> list[type[Backend]]:
     """Those of that name, or all, that are installed for a kind of device."""
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', not {device!r}") from error
     classes = BACKENDS.values() if backend == "auto" else [backend_class(backend)]
     return [found for found in classes if found.needs.device == kind and not found.missing()]
 

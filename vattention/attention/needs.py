@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vattention.allocator import KVAllocator
-from vattention.config import check_int, check_number
+from vattention.config import check_bool, check_int, check_number
 from vattention.errors import ConfigError
 
 __all__ = ["Needs", "Options"]
@@ -45,6 +45,8 @@ class Options:
             if not self.causal:
                 raise ConfigError("a window looks back from each query: it needs causal=True")
         check_number(self.softcap, name="softcap", minimum=0)
+        for name in ("causal", "sinks"):
+            check_bool(getattr(self, name), name=name)
         if self.scale is not None:
             check_number(self.scale, name="scale")
 

@@ -35,7 +35,8 @@ def enable(
     own tokens only, so padding takes neither memory nor time. A decode step is one CUDA graph,
     captured once for a number of rows and replayed whatever their lengths. What is not served
     (beam search, assisted decoding, embeddings as input, outputs of attention or hidden states, a
-    cache that the caller passes) runs as it did before.
+    cache that the caller passes) runs as it did before. So does a call of more rows than
+    `max_batch_size` or more tokens than `max_seq_len`, with a warning.
 
     Args:
         model: on one device, in the dtype that K and V are to have.
@@ -131,8 +132,11 @@ def new_cache(model: Any, *, expected_tokens: int = 0) -> RaggedCache:
     Raises:
         ConfigError: the model is not enabled, or expected_tokens is out of range.
     """
-    expected = check_int(expected_tokens, name="expected_tokens", minimum=0)
-    return RaggedCache(_engine(model), expected)
+    engine = _engine(model)
+    expected = check_int(
+        expected_tokens, name="expected_tokens", minimum=0, maximum=engine.max_seq_len
+    )
+    return RaggedCache(engine, expected)
 
 
 def release(model: Any) -> int:

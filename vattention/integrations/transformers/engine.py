@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -486,9 +487,16 @@ class Engine:
             and not generation_config.output_hidden_states
             and not generation_config.is_assistant
             and not others
-            and batch_size * (generation_config.num_return_sequences or 1) <= self.max_batch_size
-            and max_cache_length <= self.max_seq_len
         )
+        rows = batch_size * (generation_config.num_return_sequences or 1)
+        if ours and (rows > self.max_batch_size or max_cache_length > self.max_seq_len):
+            warnings.warn(
+                f"{rows} rows of up to {max_cache_length} tokens do not fit the model as it was "
+                f"enabled, with max_batch_size={self.max_batch_size} and "
+                f"max_seq_len={self.max_seq_len}: generate() runs with transformers' own cache",
+                stacklevel=4,
+            )
+            ours = False
         if ours:
             model_kwargs[CACHE] = RaggedCache(self, max_cache_length)
             return None
