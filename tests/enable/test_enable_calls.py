@@ -54,6 +54,18 @@ def test_more_tokens_than_a_row_can_have_are_not_expected():
             new_cache(model, expected_tokens=65)
 
 
+def test_what_says_nothing_is_taken():
+    model = build("llama", "cpu")
+    inputs = prompts([9, 4], "cpu")
+    with torch.no_grad(), enabled(model):
+        wanted = model(**inputs, past_key_values=new_cache(model)).logits
+        nothing = {"token_type_ids": None, "output_attentions": False, "mm_encoder_outputs": {}}
+        logits = model(**inputs, **nothing, past_key_values=new_cache(model)).logits
+        assert torch.equal(logits, wanted)
+        with pytest.raises(va.ConfigError, match="does not take mm_encoder_outputs"):
+            model(**inputs, mm_encoder_outputs={"image": 1}, past_key_values=new_cache(model))
+
+
 @pytest.mark.parametrize("name", CACHE_NAMES)
 def test_cache_is_taken_by_either_name(name):
     model = build("llama", "cpu")

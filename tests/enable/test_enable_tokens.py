@@ -13,6 +13,7 @@ from enabled_models import (  # noqa: E402
     CASES,
     GPU,
     PAD,
+    SMALL,
     VOCAB,
     Notes,
     assert_as_before,
@@ -227,6 +228,20 @@ def chat(model: Any, device: str) -> list[list[int]]:
         }
     assert cache.get_seq_length() > 100
     return ids.tolist()
+
+
+def test_frequencies_that_change_with_the_length_are_computed_anew():
+    """The model forgets its cache where it begins to use other frequencies."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
+    rope |= {"short_factor": [1 + n / 10 for n in range(8)]}
+    rope |= {"long_factor": [2 + n / 2 for n in range(8)], "original_max_position_embeddings": 50}
+    config = transformers.Phi3Config(
+        **SMALL | {"hidden_size": 64, "original_max_position_embeddings": 50},
+        rope_parameters=rope,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    assert_as_before(model, prompts([40], "cpu"), max_new_tokens=20)
 
 
 def test_checkpoints_that_ask_for_a_hybrid_cache_are_served():

@@ -38,6 +38,11 @@ def enable(
     cache that the caller passes) runs as it did before. So does a call of more rows than
     `max_batch_size` or more tokens than `max_seq_len`, with a warning.
 
+    Padding counts for nothing. transformers counts it in two places, where results differ then: in
+    a sliding window, if padding lies between tokens (a chat whose second turn is padded again),
+    and in the positions of a model that is given none, which matters with RoPE that scales by
+    length.
+
     Args:
         model: on one device, in the dtype that K and V are to have.
         max_batch_size: rows; at most so many sequences are held at once, those of caches that are

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ from vattention.layout import Order
 
 __all__ = ["Engine"]
 
-# What a call may bring beside the cache; None is as good as nothing.
+# What a call may bring beside the cache, see `_is_given`.
 _KNOWN = {
     *CACHE_NAMES,
     "input_ids",
@@ -243,11 +244,7 @@ class Engine:
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
-        others = [
-            name
-            for name, value in kwargs.items()
-            if name not in _KNOWN and value is not None and value is not False
-        ]
+        others = [name for name, value in kwargs.items() if name not in _KNOWN and _is_given(value)]
         if others:
             raise ConfigError(
                 f"an enabled model does not take {', '.join(others)} with the cache of its own; "
@@ -477,7 +474,7 @@ class Engine:
         others = [
             name
             for name, value in model_kwargs.items()
-            if name not in _GENERATE_KNOWN and value is not None and value is not False
+            if name not in _GENERATE_KNOWN and _is_given(value)
         ]
         ours = (
             generation_mode.value in ("greedy_search", "sample")
@@ -533,6 +530,11 @@ class Engine:
             group.kv.close()
         if self.device.type == "cuda":
             del self.graph_pool
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an argument says anything: None, False and an empty mapping do not."""
+    return not (value is None or value is False or (isinstance(value, Mapping) and not value))
 
 
 def _addresses(model: torch.nn.Module) -> list[int]:

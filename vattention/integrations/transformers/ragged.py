@@ -83,6 +83,10 @@ class RaggedCache(Cache):
         """Empty: no mask is made from this cache."""
         return []
 
+    def __len__(self) -> int:
+        """Layers, as of every cache; models take one without any for none at all."""
+        return len(self.engine.places)
+
     @property
     def is_linear(self) -> list[bool]:
         """False for every layer: tokens of a prompt that it holds already are not run again."""
