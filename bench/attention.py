@@ -16,7 +16,9 @@ with a reference in float64. A measurement is in two parts:
   (`--save`). Arms that are far behind the fastest are timed in turn among themselves.
 - contest: of ours, packed and paged the fastest of the sweep, and `auto`, all in turn again, so
   that what is compared was timed in the same repetitions. Ratios are of those pairs; the best of a
-  kind is the one with the lowest median here.
+  kind is the one with the lowest median here. Which physical pages memory is made of alone moves
+  bandwidth by a per cent, so all of it is given back and made again several times, elsewhere:
+  samples are of one placement after another, `by_placement` is the median of each.
 
 sustained: in prefill, each arm of the contest by itself for a while, with the device's clock and
 power meanwhile. In turns, each runs at the clock that the power of all of them has left.
@@ -29,11 +31,10 @@ matrix product.
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ from . import measured
 from .bandwidth import measure_read
 from .common import (
     GIB,
+    MIB,
     Context,
     Samples,
     alternate,
@@ -53,6 +55,7 @@ from .common import (
     describe_layout,
     device_state,
     heading,
+    in_turn,
     llama3_8b,
     measure_bandwidth,
     paired_ratio,
@@ -66,13 +69,15 @@ from .common import (
     summarize,
     time_device_us,
 )
-from .paged import NO_PLAN, OUR_PLAN, Absent, Call, Pages, Queries, peers
+from .paged import NO_PLAN, OUR_PLAN, Absent, Call, Pages, Peer, Queries, peers
 
 LAYERS = 4  # rotated over: several times the L2 in any shape of decode
 GROUP = 4  # query heads of one KV head
 TOLERANCE = 1e-2  # of a row's norm
 FAR_BEHIND = 2.5  # times the fastest
 KEPT = 2  # of each kind for the contest
+PLACEMENTS = 4  # of everything in physical memory, in the contest
+HELD_BACK_BYTES = 3 * GIB + 42 * MIB  # and again as much at each further one
 SUSTAINED_US = 300e3  # after which clocks are where power and heat let them be
 
 DEFAULT = "balanced"
@@ -202,22 +207,52 @@ def _place(order: str) -> str:
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _make_packed(context: Context, shape: _Shape) -> Layers:
-    layout = _layout(context, DEFAULT)
-    size = (shape.rows, shape.length, layout.num_kv_heads, layout.head_dim)
+@dataclass(frozen=True)
+class _Key:
+    """Which arm: a kernel over one place."""
 
-    def fresh() -> torch.Tensor:
-        return torch.randn(size, dtype=layout.dtype, device=context.device)
+    kind: str
+    kernel: str
+    place: str
 
-    return [(fresh(), fresh()) for _ in range(LAYERS)]
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}, {self.place}"
+
+    @property
+    def has_our_plan(self) -> bool:
+        return self.kernel.endswith(OUR_PLAN)
+
+
+class _Arm:
+    """One kernel over one place, called for one layer after another."""
+
+    def __init__(self, key: _Key, version: str, calls: list[Call]) -> None:
+        self.key, self.version, self.calls = key, version, calls
+        self.error = math.nan
+        self._in_turn = in_turn(calls)
+        self._host_us: list[float] = []
+
+    @property
+    def name(self) -> str:
+        return self.key.name
+
+    def work(self) -> None:
+        started = clock_us()
+        next(self._in_turn)()
+        self._host_us.append(clock_us() - started)
+
+    def take_host_us(self) -> list[float]:
+        """Since it was asked last."""
+        taken, self._host_us = self._host_us, []
+        return taken
 
 
 class _Slots:
-    """The same K and V in an allocator of ours."""
+    """K and V in an allocator of ours, in one order of rows."""
 
     def __init__(self, context: Context, shape: _Shape, order: str, packed: Layers) -> None:
         layout = _layout(context, order)
-        self.place = _place(order)
         self._layers = _layers_read(layout)
         page_bytes = va.Pool(GIB, context.device, background=False).page_bytes
         self._pool = va.Pool(
@@ -265,8 +300,10 @@ class _Slots:
 
     def plan_of_fa3(self) -> tuple[int, int]:
         """What our backend asks the plan of FlashAttention-3 for, so that pages can have it too."""
-        kernel = self._attentions.get("fa3_vllm")
-        splits = getattr(kernel and kernel.backend_for(self._batch), "_splits", None)
+        try:
+            splits = getattr(self.chosen("fa3_vllm"), "_splits", None)
+        except (va.ConfigError, va.BackendUnavailable):
+            return NO_PLAN
         return NO_PLAN if splits is None else splits(self._batch)
 
     def close(self) -> None:
@@ -275,112 +312,99 @@ class _Slots:
         self._pool.reclaim()
 
 
-# ---- arms ----
+class _Rig:
+    """The same K, V and queries each time, wherever an arm reads them.
 
+    Another rig has them in other memory: it holds back some of its own first. Arms made by it are
+    to be dropped before it is closed.
+    """
 
-class _Arm:
-    """One kernel over one place, called for one layer after another."""
-
-    def __init__(self, kind: str, kernel: str, place: str, version: str, calls: list[Call]) -> None:
-        self.kind, self.kernel, self.place, self.version = kind, kernel, place, version
-        self.calls = calls
-        self.error = math.nan
-        self._in_turn = itertools.cycle(calls)
-        self._host_us: list[float] = []
-
-    @property
-    def name(self) -> str:
-        return f"{self.kernel}, {self.place}"
-
-    @property
-    def has_our_plan(self) -> bool:
-        return self.kernel.endswith(OUR_PLAN)
-
-    def work(self) -> None:
-        started = clock_us()
-        next(self._in_turn)()
-        self._host_us.append(clock_us() - started)
-
-    def take_host_us(self) -> float:
-        """The median since it was asked last."""
-        us = quantile(self._host_us, 0.5)
-        self._host_us.clear()
-        return us
-
-
-def _try(report: _Report, name: str, shape: _Shape, make: Callable[[], _Arm]) -> _Arm | None:
-    """An arm that runs; or None, and why is noted."""
-    context = report.context
-    try:
-        arm = make()
-        arm.calls[0]()
-        context.synchronize()
-        return arm
-    except (Absent, va.ConfigError, va.BackendUnavailable) as reason:
-        report.absent[name] = str(reason)
-    except ModuleNotFoundError as error:
-        report.absent[name] = f"the module {error.name} is not installed"
-    except Exception as error:
-        # Shown whole, but what it says may name paths, which are nobody's business.
-        traceback.print_exc()
-        report.absent[f"{name}; {shape}"] = f"failed: {type(error).__name__}"
-    return None
-
-
-def _ours(
-    report: _Report, shape: _Shape, slots: _Slots, q: torch.Tensor, backends: Iterable[str]
-) -> list[_Arm]:
-    def make(backend: str) -> _Arm:
-        calls = slots.calls(backend, q)
-        chosen = slots.chosen(backend)
-        report.versions[chosen.name] = chosen.version
-        version = f"{chosen.name} {chosen.version}" if backend == "auto" else chosen.version
-        return _Arm(OURS, backend, slots.place, version, calls)
-
-    # Why a library cannot be used is the same for all places.
-    return _keep(
-        _try(
-            report,
-            name if slots.place == _place(DEFAULT) else f"{name}, {slots.place}",
-            shape,
-            lambda name=name: make(name),
+    def __init__(self, report: _Report, shape: _Shape, number: int = 0) -> None:
+        self._report, self._shape = report, shape
+        context = self._context = report.context
+        self.held_back_bytes = number * context.pick(HELD_BACK_BYTES, 0)
+        self._held_back = torch.empty(
+            self.held_back_bytes, dtype=torch.uint8, device=context.device
         )
-        for name in backends
-    )
+        layout = _layout(context, DEFAULT)
+        kv_size = (shape.rows, shape.length, layout.num_kv_heads, layout.head_dim)
+        heads = layout.num_kv_heads * GROUP
+        generator = torch.Generator(context.device).manual_seed(0)
 
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(size, dtype=layout.dtype, device=context.device, generator=generator)
 
-def _keep(arms: Iterable[_Arm | None]) -> list[_Arm]:
-    return [arm for arm in arms if arm is not None]
+        self.packed: Layers = [(random(*kv_size), random(*kv_size)) for _ in range(LAYERS)]
+        self.q = random(shape.rows * shape.queries, heads, layout.head_dim)
+        self._slots: dict[str, _Slots] = {}
+        self._pages: dict[int, Pages] = {}
 
+    def arms(self, keys: Iterable[_Key]) -> list[_Arm]:
+        """Those that run; of others it is noted why not."""
+        return [arm for arm in map(self._try, keys) if arm is not None]
 
-def _packed_arms(
-    report: _Report, shape: _Shape, like: list[_Arm], slots: _Slots, q: torch.Tensor, packed: Layers
-) -> list[_Arm]:
-    def make(arm: _Arm) -> _Arm:
-        calls = slots.calls_over_packed(arm.kernel, q, packed)
-        return _Arm(PACKED, arm.kernel, PACKED, arm.version, calls)
+    def peers(self) -> list[Peer]:
+        return peers(self._context, self._queries())
 
-    return _keep(
-        _try(report, f"{arm.kernel}, packed", shape, lambda arm=arm: make(arm)) for arm in like
-    )
+    def close(self) -> None:
+        for slots in self._slots.values():
+            slots.close()
+        self.packed.clear()
+        self._pages.clear()
+        self._slots.clear()
+        del self.q, self._held_back
+        release_cache(self._context)
 
+    def _slots_in(self, order: str) -> _Slots:
+        if order not in self._slots:
+            self._slots[order] = _Slots(self._context, self._shape, order, self.packed)
+        return self._slots[order]
 
-def _paged_arms(
-    report: _Report, shape: _Shape, slots: _Slots, q: torch.Tensor, packed: Layers
-) -> tuple[list[_Arm], dict[str, Pages]]:
-    of = Queries(q, shape.rows, shape.queries, shape.length, slots.plan_of_fa3())
-    caches: dict[str, Pages] = {}
-    arms: list[_Arm | None] = []
-    for peer in peers(report.context, of):
+    def _queries(self) -> Queries:
+        shape = self._shape
+        plan = self._slots_in(DEFAULT).plan_of_fa3()
+        return Queries(self.q, shape.rows, shape.queries, shape.length, plan)
 
-        def make(peer: Any = peer) -> _Arm:
-            pages = caches.get(peer.place)
-            if pages is None:
-                pages = caches[peer.place] = Pages(report.context, packed, peer.page_tokens)
-            return _Arm(PAGED, peer.kernel, peer.place, *peer.bind(of, pages))
+    def _try(self, key: _Key) -> _Arm | None:
+        absent = self._report.absent
+        # Why a library cannot be used is the same for all places.
+        name = key.kernel if key.kind == OURS and key.place == _place(DEFAULT) else key.name
+        try:
+            arm = self._make(key)
+            arm.calls[0]()
+            self._context.synchronize()
+            return arm
+        except (Absent, va.ConfigError, va.BackendUnavailable) as reason:
+            absent[name] = str(reason)
+        except ModuleNotFoundError as error:
+            absent[name] = f"the module {error.name} is not installed"
+        except Exception as error:
+            # Shown whole, but what it says may name paths, which are nobody's business.
+            traceback.print_exc()
+            absent[f"{name}; {self._shape}"] = f"failed: {type(error).__name__}"
+        return None
 
-        arms.append(_try(report, f"{peer.kernel}, {peer.place}", shape, make))
-    return _keep(arms), caches
+    def _make(self, key: _Key) -> _Arm:
+        if key.kind == PAGED:
+            (peer,) = (
+                peer
+                for peer in self.peers()
+                if (peer.kernel, peer.place) == (key.kernel, key.place)
+            )
+            tokens = peer.page_tokens
+            if tokens not in self._pages:
+                self._pages[tokens] = Pages(self._context, self.packed, tokens)
+            return _Arm(key, *peer.bind(self._queries(), self._pages[tokens]))
+        if key.kind == PACKED:
+            slots = self._slots_in(DEFAULT)
+            calls = slots.calls_over_packed(key.kernel, self.q, self.packed)
+        else:
+            slots = self._slots_in(next(order for order in ORDERS if _place(order) == key.place))
+            calls = slots.calls(key.kernel, self.q)
+        chosen = slots.chosen(key.kernel)
+        self._report.versions[chosen.name] = chosen.version
+        auto = f"{chosen.name} " if key.kernel == "auto" else ""
+        return _Arm(key, auto + chosen.version, calls)
 
 
 # ---- are they right? ----
@@ -389,10 +413,11 @@ def _paged_arms(
 class _Expected:
     """The first arm's outputs, which are held against a reference."""
 
-    def __init__(self, shape: _Shape, first: _Arm, q: torch.Tensor, packed: Layers) -> None:
+    def __init__(self, shape: _Shape, rig: _Rig, first: _Arm) -> None:
         self._outputs = [call() for call in first.calls]
+        q = rig.q
         at = sorted({round(i * (q.shape[0] - 1) / 7) for i in range(8)})
-        for (k, v), output in zip(packed, self._outputs, strict=True):
+        for (k, v), output in zip(rig.packed, self._outputs, strict=True):
             reference = torch.stack([_reference(shape, q, k, v, i) for i in at])
             error = _row_error(output[at], reference)
             assert error <= TOLERANCE, f"{first.name} is off by {error:.2g} from the reference"
@@ -444,29 +469,19 @@ def _largest(numbers: Iterable[float]) -> float:
 
 def _run_shape(report: _Report, shape: _Shape) -> dict[str, Any]:
     context = report.context
-    torch.manual_seed(0)
-    layout = _layout(context, DEFAULT)
-    packed = _make_packed(context, shape)
-    q = torch.randn(
-        shape.rows * shape.queries,
-        layout.num_kv_heads * GROUP,
-        layout.head_dim,
-        dtype=layout.dtype,
-        device=context.device,
-    )
-    result = _about(report, shape, layout)
-    places = {DEFAULT: _Slots(context, shape, DEFAULT, packed)}
-    if shape.phase == "prefill":  # one sequence: little memory
-        places["token"] = _Slots(context, shape, "token", packed)
+    result = _about(report, shape, _layout(context, DEFAULT))
 
-    ours = _ours(report, shape, places[DEFAULT], q, BACKENDS)
-    names = [arm.kernel for arm in ours]
-    arms = _packed_arms(report, shape, ours, places[DEFAULT], q, packed) + ours
-    for order in list(places)[1:]:
-        arms += _ours(report, shape, places[order], q, names)
-    paged, caches = _paged_arms(report, shape, places[DEFAULT], q, packed)
-    expected = _Expected(shape, arms[0], q, packed)
-    arms = expected.agree(report, shape, arms + paged)
+    rig = _Rig(report, shape)
+    # In prefill, one sequence, another order takes little memory.
+    places = [_place(DEFAULT), *([_place("token")] if shape.phase == "prefill" else [])]
+    ours = rig.arms(_Key(OURS, backend, places[0]) for backend in BACKENDS)
+    kernels = [arm.key.kernel for arm in ours]
+    arms = rig.arms(_Key(PACKED, kernel, PACKED) for kernel in kernels) + ours
+    for place in places[1:]:
+        arms += rig.arms(_Key(OURS, kernel, place) for kernel in kernels)
+    arms += rig.arms(_Key(PAGED, peer.kernel, peer.place) for peer in rig.peers())
+    expected = _Expected(shape, rig, arms[0])
+    arms = expected.agree(report, shape, arms)
     sweep = result["sweep"] = _sweep(context, shape, result, arms)
     report.measured.append(
         {
@@ -474,9 +489,9 @@ def _run_shape(report: _Report, shape: _Shape) -> dict[str, Any]:
             "rows": shape.rows,
             "length": shape.length,
             "us": {
-                arm.kernel: round(sweep[arm.name]["us"]["median"], 1)
+                arm.key.kernel: round(sweep[arm.name]["us"]["median"], 1)
                 for arm in arms
-                if arm.place == _place(DEFAULT)
+                if arm.key.place == _place(DEFAULT)
             },
         }
     )
@@ -484,34 +499,12 @@ def _run_shape(report: _Report, shape: _Shape) -> dict[str, Any]:
         assert report.capability is not None
         name = torch.cuda.get_device_name(context.device)
         measured.save(name, report.capability, report.measured, {"date": "a run not at its end"})
-
-    arms = _finalists(shape, sweep, arms)
-    kernels = [arm.kernel for arm in arms if arm.kind == OURS]
-    # In decode, all layers of a token need room that those pages take.
-    used = {arm.place for arm in arms}
-    for place in [place for place in caches if place not in used]:
-        del caches[place]
-    paged.clear()
-    ours.clear()
-    release_cache(context)
-    more = _ours(report, shape, places[DEFAULT], q, ["auto"])
-    for order in ORDERS[1:]:
-        slots = places.get(order)
-        if slots is None:
-            slots = places[order] = _Slots(context, shape, order, packed)
-        more += _ours(report, shape, slots, q, kernels)
-    arms += expected.agree(report, shape, more)
-    result["auto"] = next((arm.version for arm in more if arm.kernel == "auto"), None)
-    if context.cuda:
-        free, total = torch.cuda.mem_get_info(context.device)
-        result["device_bytes_in_use"] = total - free
-    _contest(context, shape, result, arms)
+    keys = _finalists(shape, sweep, arms)
     arms.clear()
-    more.clear()
-    for slots in places.values():
-        slots.close()
-    del packed, caches, expected, q
-    release_cache(context)
+    ours.clear()
+    rig.close()
+
+    _contest(report, shape, result, keys, expected)
     return result
 
 
@@ -566,14 +559,10 @@ def _sweep(
     samples |= _time(context, far, 3, warmup=1)
     found = {
         arm.name: {
-            "kind": arm.kind,
-            "kernel": arm.kernel,
-            "place": arm.place,
-            "version": arm.version,
-            "largest_error": arm.error,
+            **_describe_arm(arm),
             "us": summarize(samples[arm.name]["us"], keep=False),
             "rate": _rate(result, quantile(samples[arm.name]["us"], 0.5)),
-            "host_us": arm.take_host_us(),
+            "host_us": quantile(arm.take_host_us(), 0.5),
             "far_behind": arm in far,
         }
         for arm in arms
@@ -598,71 +587,105 @@ def _sweep(
 
 def _finalists(
     shape: _Shape, sweep: Mapping[str, Mapping[str, Any]], arms: list[_Arm]
-) -> list[_Arm]:
-    """The fastest of each kind; of ours those over the default order.
+) -> list[_Key]:
+    """The fastest of each kind; of ours those over the default order, `auto`, and other orders.
 
     And of pages the fastest without our plan, in prefill FA3 with pages of 16.
     """
-    by_time = sorted(arms, key=lambda arm: sweep[arm.name]["us"]["median"])
-    chosen: list[_Arm] = []
+    by_time = sorted((arm.key for arm in arms), key=lambda key: sweep[key.name]["us"]["median"])
+    chosen: list[_Key] = []
     for kind in (OURS, PACKED, PAGED):
         of_kind = [
-            arm
-            for arm in by_time
-            if arm.kind == kind and (kind != OURS or arm.place == _place(DEFAULT))
+            key
+            for key in by_time
+            if key.kind == kind and (kind != OURS or key.place == _place(DEFAULT))
         ]
         chosen += of_kind[:KEPT]
         if kind == PAGED:
-            chosen += [arm for arm in of_kind if not arm.has_our_plan][:1]
+            chosen += [key for key in of_kind if not key.has_our_plan][:1]
         if shape.phase == "prefill":
-            chosen += [arm for arm in of_kind if arm.name == "FA3, paged 16"]
+            chosen += [key for key in of_kind if key.name == "FA3, paged 16"]
+    kernels = [key.kernel for key in chosen if key.kind == OURS]
+    chosen.append(_Key(OURS, "auto", _place(DEFAULT)))
+    for order in ORDERS[1:]:
+        chosen += [_Key(OURS, kernel, _place(order)) for kernel in kernels]
     return list(dict.fromkeys(chosen))
 
 
-def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list[_Arm]) -> None:
+def _contest(
+    report: _Report,
+    shape: _Shape,
+    result: dict[str, Any],
+    keys: list[_Key],
+    expected: _Expected,
+) -> None:
+    """Times them in turn, several times over, each time in other memory."""
+    context = report.context
     decode = shape.phase == "decode"
-    repetitions = context.pick(120 if decode else 16, 5, 12 if context.cuda else 3)
-    samples = _time(context, arms, repetitions, warmup=3 if decode else 1)
-    us = {arm.name: samples[arm.name]["us"] for arm in arms}
-    median = {name: quantile(taken, 0.5) for name, taken in us.items()}
+    repetitions = context.pick(30 if decode else 4, 3, 4 if context.cuda else 3)
+    us: dict[str, list[float]] = {}
+    host_us: dict[str, list[float]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    in_use = 0
+    for number in range(PLACEMENTS):
+        rig = _Rig(report, shape, number)
+        arms = expected.agree(report, shape, rig.arms(keys))
+        if context.cuda:
+            free, total = torch.cuda.mem_get_info(context.device)
+            in_use = max(in_use, total - free - rig.held_back_bytes)
+        samples = _time(context, arms, repetitions, warmup=3 if decode else 1)
+        for arm in arms:
+            us.setdefault(arm.name, []).extend(samples[arm.name]["us"])
+            host_us.setdefault(arm.name, []).extend(arm.take_host_us())
+            known = about.setdefault(arm.name, _describe_arm(arm))
+            known["largest_error"] = max(known["largest_error"], arm.error)
+        if context.cuda and not decode and number == PLACEMENTS - 1:
+            result["sustained"] = {arm.name: _sustain(context, result, arm) for arm in arms}
+        arms.clear()
+        rig.close()
+    if context.cuda:
+        result["device_bytes_in_use"] = in_use
+    # What was wrong, or failed, in one of them is not compared.
+    whole = [key for key in keys if len(us.get(key.name, ())) == PLACEMENTS * repetitions]
+    median = {key.name: quantile(us[key.name], 0.5) for key in whole}
 
-    def best(of: Iterable[_Arm]) -> str | None:
-        return min((arm.name for arm in of), key=lambda name: median[name], default=None)
-
-    # What users have who choose no order.
-    default = [arm for arm in arms if arm.kind == OURS and arm.place == _place(DEFAULT)]
-    found = {
-        OURS: best(default),
-        PACKED: best(arm for arm in arms if arm.kind == PACKED),
-        PAGED: best(arm for arm in arms if arm.kind == PAGED),
-        STOCK: best(arm for arm in arms if arm.kind == PAGED and not arm.has_our_plan),
-    }
+    def best(of: Iterable[_Key]) -> str | None:
+        return min((key.name for key in of), key=lambda name: median[name], default=None)
 
     def over(name: str | None, other: str | None) -> dict[str, Any] | None:
-        """How many times as fast, of each pair."""
-        if name not in us or other not in us:
+        """How many times as fast, of each pair; and the median of each placement."""
+        if name not in median or other not in median:
             return None
-        return paired_ratio(us[other], us[name])
+        ratio = paired_ratio(us[other], us[name])
+        pairs = ratio.pop("samples")
+        ratio["by_placement"] = [
+            quantile(pairs[start : start + repetitions], 0.5)
+            for start in range(0, len(pairs), repetitions)
+        ]
+        return ratio
 
+    # What users have who choose no order.
+    default = [key for key in whole if key.kind == OURS and key.place == _place(DEFAULT)]
+    found = {
+        OURS: best(default),
+        PACKED: best(key for key in whole if key.kind == PACKED),
+        PAGED: best(key for key in whole if key.kind == PAGED),
+        STOCK: best(key for key in whole if key.kind == PAGED and not key.has_our_plan),
+    }
     result["best"] = found
     result["contest"] = {
-        arm.name: {
-            "kind": arm.kind,
-            "kernel": arm.kernel,
-            "place": arm.place,
-            "version": arm.version,
-            "largest_error": arm.error,
-            "us": summarize(us[arm.name]),
-            "rate": _rate(result, median[arm.name]),
-            "host_us": arm.take_host_us(),
-            "over_best_packed": _without_samples(over(arm.name, found[PACKED])),
-            "over_best_paged": _without_samples(over(arm.name, found[PAGED])),
+        key.name: {
+            **about[key.name],
+            "us": summarize(us[key.name]),
+            "rate": _rate(result, median[key.name]),
+            "host_us": quantile(host_us[key.name], 0.5),
+            "over_best_packed": over(key.name, found[PACKED]),
+            "over_best_paged": over(key.name, found[PAGED]),
         }
-        for arm in arms
+        for key in whole
     }
-    if context.cuda and not decode:
-        result["sustained"] = {arm.name: _sustain(context, result, arm) for arm in arms}
-    auto = next((arm.name for arm in arms if arm.kernel == "auto"), None)
+    auto = next((key.name for key in whole if key.kernel == "auto"), None)
+    result["auto"] = auto and about[auto]["version"]
     result["claims"] = [
         {
             "claim": what,
@@ -670,7 +693,7 @@ def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list
             "ours": name,
             "other": other,
             "least": least,
-            "ratio": _without_samples(ratio),
+            "ratio": ratio,
             "holds": None if ratio is None else ratio["median"] >= least,
         }
         for what, name, other, least in _claimed(context, shape, auto, found)
@@ -694,6 +717,16 @@ def _contest(context: Context, shape: _Shape, result: dict[str, Any], arms: list
         },
     )
     print(f"auto: {result['auto']}; " + "; ".join(f"best {of}: {n}" for of, n in found.items()))
+
+
+def _describe_arm(arm: _Arm) -> dict[str, Any]:
+    return {
+        "kind": arm.key.kind,
+        "kernel": arm.key.kernel,
+        "place": arm.key.place,
+        "version": arm.version,
+        "largest_error": arm.error,
+    }
 
 
 def _sustain(context: Context, result: Mapping[str, Any], arm: _Arm) -> dict[str, Any]:
@@ -737,12 +770,6 @@ def _claimed(
         ("the best of ours over the best paged", ours, paged, OF_PAGED),
         ("the best of ours over the best packed", ours, packed, PREFILL_OF_PACKED),
     ]
-
-
-def _without_samples(summary: dict[str, Any] | None) -> dict[str, Any] | None:
-    if summary is None:
-        return None
-    return {name: value for name, value in summary.items() if name != "samples"}
 
 
 # ---- showing ----

@@ -39,6 +39,7 @@ from .common import (
     alternate,
     describe_layout,
     heading,
+    in_turn,
     llama3_8b,
     measure_bandwidth,
     print_table,
@@ -520,8 +521,8 @@ def measure_read(context: Context, read: _Kernel | None = None) -> float:
 
 
 def _rotating(calls: list[Call]) -> Call:
-    in_turn = itertools.cycle(calls)
-    return lambda: next(in_turn)()
+    turns = in_turn(calls)
+    return lambda: next(turns)()
 
 
 def _run_shape(

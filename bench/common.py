@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import vattention as va
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 MIB = 1 << 20
+
+Call = Callable[[], object]
 
 # By variant, then by metric: samples in the order they were taken, so that those with the same
 # index belong to the same repetition.
@@ -100,6 +103,16 @@ def time_device_us(context: Context, work: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3
+
+
+def in_turn(calls: Sequence[Call]) -> Iterator[Call]:
+    """One call after another, for ever, each of them as often as any.
+
+    It starts one later in every round: whoever times every second call times all of them.
+    """
+    for start in itertools.count():
+        for i in range(len(calls)):
+            yield calls[(start + i) % len(calls)]
 
 
 def measure_bandwidth(context: Context) -> dict[str, float]:
