@@ -156,10 +156,11 @@ class KVAllocator:
         Raises:
             ConfigError: there is no such layer.
         """
-        core = self._open()
-        layer = check_int(layer, name="layer", minimum=0, maximum=self.layout.num_layers - 1)
-        tensors = self._layers.get(layer)
+        # Once a layer and step: no check where it was handed out before; closing forgets all.
+        tensors = self._layers.get(layer) if type(layer) is int else None
         if tensors is None:
+            core = self._open()
+            layer = check_int(layer, name="layer", minimum=0, maximum=self.layout.num_layers - 1)
             k, v = self.layer_specs(layer)
             tensors = self._tensor(core, k), self._tensor(core, v)
             if self._core is not core:  # closed meanwhile: kept here, they would keep its memory

@@ -141,8 +141,12 @@ class Attention:
                 to do.
         """
         graph = batch.is_captured
+        backend: Backend = batch.derived((self, graph), lambda: self._find(batch, graph))
+        return backend
+
+    def _find(self, batch: Batch, graph: bool) -> Backend:
         lengths = batch.host_lengths
-        exact = not graph and batch.derived("exact", lambda: _is_exact(batch))
+        exact = not graph and _is_exact(batch)
         key = (
             batch.is_decode,
             batch.num_rows.bit_length(),

@@ -68,7 +68,7 @@ class _FlashAttention3(Backend):
         _is_loaded(type(self))
         self._op = getattr(torch.ops, self.namespace).fwd.default
         self._plan_op = getattr(torch.ops, self.namespace).get_scheduler_metadata.default
-        self._parameters = [argument.name for argument in self._op._schema.arguments]
+        self._at = {argument.name: i for i, argument in enumerate(self._op._schema.arguments)}
         self._plan_parameters = [argument.name for argument in self._plan_op._schema.arguments]
         self._multiprocessors = torch.cuda.get_device_properties(kv.device).multi_processor_count
         self._constant: dict[str, Any] = {
@@ -100,25 +100,33 @@ class _FlashAttention3(Backend):
         scales: Scales | None,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
-        given = self._constant | {
-            "k": k,
-            "v": v,
-            "kv_batch_idx": batch.slots,
-            "is_causal": self.is_causal(batch),
-            "s_aux": None if sinks is None else sinks.to(torch.bfloat16),
-            "q_descale": scales and scales.q,
-            "k_descale": scales and scales.k,
-            "v_descale": scales and scales.v,
-        }
+        # A graph may begin to be captured without the batch being touched.
+        key = (self, k.shape[1], not batch.is_decode and batch.is_captured)
+        is_even, prepared = batch.derived(key, lambda: self._prepare(q, k, v, batch))
+        given = prepared.copy()
+        at = self._at
+        given[at["q"]] = q.view(batch.num_rows, batch.max_queries, *q.shape[1:]) if is_even else q
+        given[at["k"]], given[at["v"]] = k, v
+        if sinks is not None:
+            given[at["s_aux"]] = sinks.to(torch.bfloat16)
+        if scales is not None:
+            given[at["q_descale"]] = scales.q
+            given[at["k_descale"]] = scales.k
+            given[at["v_descale"]] = scales.v
+        output: torch.Tensor = self._op(*given)[0]
+        return output.flatten(0, 1) if is_even else output
+
+    def _prepare(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> tuple[bool, list[Any]]:
+        """Whether rows are even; and the arguments but for those that each layer has its own of."""
+        given = self._constant | {"kv_batch_idx": batch.slots, "is_causal": self.is_causal(batch)}
         # In 8 bits they have not been measured.
-        if self.has_even_rows and k.dtype.itemsize > 1 and _are_even(batch, k.shape[1]):
-            given["q"] = q.view(batch.num_rows, batch.max_queries, *q.shape[1:])
-        else:
-            given["q"] = q
+        is_even = self.has_even_rows and k.dtype.itemsize > 1 and _are_even(batch, k.shape[1])
+        if not is_even:
             given |= self._ragged(q, k, v, batch)
         # By name, since builds differ in what they take; what none of them is given is optional.
-        output: torch.Tensor = self._op(*[given.get(name) for name in self._parameters])[0]
-        return output.flatten(0, -3)
+        return is_even, [given.get(name) for name in self._at]
 
     def _ragged(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
@@ -131,10 +139,7 @@ class _FlashAttention3(Backend):
             "max_seqlen_q": batch.max_queries,
             "max_seqlen_k": k.shape[1],
             "num_splits": splits,
-            "scheduler_metadata": batch.derived(
-                (self.namespace, k.shape[1], self.options, k.dtype),
-                lambda: self._plan(q, k, v, batch, splits, margin),
-            ),
+            "scheduler_metadata": self._plan(q, k, v, batch, splits, margin),
         }
 
     def _splits(self, batch: Batch) -> tuple[int, int]:
@@ -264,14 +269,10 @@ def _are_even(batch: Batch, length: int) -> bool:
 
     A graph would hold that length, and a row of one query is as fast in any kernel.
     """
-
-    def make() -> bool:
-        lengths, queries = batch.host_lengths, batch.host_queries
-        if lengths is None or batch.max_queries == 1:
-            return False
-        return lengths == [length] * len(lengths) and queries == queries[:1] * len(queries)
-
-    return not batch.is_captured and bool(batch.derived(("even", length), make))
+    lengths, queries = batch.host_lengths, batch.host_queries
+    if lengths is None or batch.max_queries == 1 or batch.is_captured:
+        return False
+    return lengths == [length] * len(lengths) and queries == queries[:1] * len(queries)
 
 
 def _import(package: str) -> bool:
