@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import random
 import weakref
 from collections import Counter
@@ -680,7 +682,7 @@ def test_more_rows_than_reserved_raises_naming_max_batch_size():
             cache.batch_repeat_interleave(3)
         with pytest.raises(va.ConfigError, match=r"batch of 2.*reset\(\)"):
             cache.update(*states(3, 1, "cpu", generator), 0)
-        with pytest.raises(IndexError):
+        with pytest.raises(va.ConfigError, match="rows are named by"):
             cache.reorder_cache(torch.tensor([0, 2]))
         assert cache.batch_size == 2
 
@@ -725,6 +727,33 @@ def test_repeating_or_cropping_by_no_number_changes_nothing():
         for count in (1.5, "2", None):
             with pytest.raises(va.ConfigError, match="tokens_to_remove must be"):
                 cache.crop(count)
+        assert (cache.batch_size, cache.get_seq_length()) == (2, 5)
+
+
+def test_rows_that_are_none_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    with make_cache(CONFIGS["llama"](), "cpu") as cache:
+        for layer in range(2):
+            cache.update(*states(2, 5, "cpu", generator), layer)
+        for rows in ("1", None, [0.5], [2], torch.tensor([True]), torch.tensor([0.5, 1.0])):
+            with pytest.raises(va.ConfigError, match="rows are named by"):
+                cache.batch_select_indices(rows)
+            with pytest.raises(va.ConfigError, match="rows are named by"):
+                cache.reorder_cache(rows)
+        assert (cache.batch_size, cache.get_seq_length()) == (2, 5)
+        cache.batch_select_indices(torch.tensor([False, True]))
+        assert cache.batch_size == 1
+
+
+def test_neither_the_cache_nor_a_layer_is_copied():
+    generator = torch.Generator().manual_seed(0)
+    with make_cache(CONFIGS["llama"](), "cpu") as cache:
+        for layer in range(2):
+            cache.update(*states(2, 5, "cpu", generator), layer)
+        for copied in (cache, cache.layers[0]):
+            for copying in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(va.ConfigError, match="is not copied.*DynamicCache"):
+                    copying(copied)
         assert (cache.batch_size, cache.get_seq_length()) == (2, 5)
 
 

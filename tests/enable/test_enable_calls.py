@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -237,7 +238,7 @@ def test_crop_below_what_a_window_gave_back_is_refused(name):
         assert logits[:, -1:].argmax(-1).tolist() == token.tolist()
 
 
-def test_reset_ends_all_rows_and_rows_cannot_be_rearranged():
+def test_reset_ends_all_rows_which_are_neither_rearranged_nor_copied():
     model = build("llama", "cpu")
     with enabled(model) as engine:
         cache, token = start(model, engine, prompts([20, 6, 1], "cpu"))
@@ -249,6 +250,9 @@ def test_reset_ends_all_rows_and_rows_cannot_be_rearranged():
         ):
             with pytest.raises(NotImplementedError, match="DynamicCache"):
                 call()
+        for copying in (copy.copy, copy.deepcopy):
+            with pytest.raises(va.ConfigError, match="a RaggedCache is not copied"):
+                copying(cache)
         cache.reset()
         assert (cache.lengths, cache.get_seq_length(), live_tokens(engine)) == ([], 0, 0)
         with torch.no_grad():

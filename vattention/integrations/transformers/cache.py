@@ -417,6 +417,25 @@ def _names(kinds: list[LayerKind]) -> dict[LayerKind, str]:
     }
 
 
+def not_copied(self: object, protocol: Any) -> Any:
+    """What `copy` and `pickle` call: K and V have one owner, and a copy would write over them."""
+    raise ConfigError(
+        f"a {type(self).__name__} is not copied: its memory is its own; begin another cache with "
+        "the same prompt, or use transformers' DynamicCache where one is to be copied"
+    )
+
+
+def _chosen(rows: torch.Tensor, indices: Any) -> torch.Tensor:
+    """Of the numbers of rows those that a caller names."""
+    try:
+        return rows[torch.as_tensor(indices).cpu()].reshape(-1)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(
+            f"rows are named by a tensor of whole numbers up to {len(rows) - 1}, or by a mask of "
+            f"{len(rows)}: {error}"
+        ) from error
+
+
 class VAttentionLayer(CacheLayerMixin):
     """One model layer's keys and values in a `VAttentionCache`.
 
@@ -501,6 +520,7 @@ class VAttentionLayer(CacheLayerMixin):
 
     reset = reorder_cache = offload = prefetch = _refuse
     crop = batch_repeat_interleave = batch_select_indices = _refuse
+    __reduce_ex__ = not_copied
 
 
 class VAttentionCache(Cache):
@@ -516,8 +536,10 @@ class VAttentionCache(Cache):
     Addresses, device and dtype come with the first update. If that brings more sequences than
     `max_batch_size` (beam search multiplies them), rows are reserved for as many.
 
-    For inference, from one thread. Tensors that `update` returns are views, good until the next
-    update of their layer, `crop`, `reset`, `close` or rearrangement of the batch.
+    For inference, from one thread. It cannot be copied or pickled. Tensors that `update` returns
+    are views, good until the next update of their layer, `crop`, `reset`, `close` or rearrangement
+    of the batch. They are strided: a model that calls `view` on them, as GPTNeoXJapanese does,
+    fails.
 
     Args:
         config: the model's config. Layers that keep something else than a key and a value per token
@@ -663,8 +685,12 @@ class VAttentionCache(Cache):
             group.truncate(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let row i hold what row `beam_idx[i]` holds; copies what differs; waits for the GPU."""
-        self._rearrange(lambda rows: rows[beam_idx.cpu()])
+        """Let row i hold what row `beam_idx[i]` holds; copies what differs; waits for the GPU.
+
+        Raises:
+            ConfigError: these are no numbers of rows. Nothing has changed.
+        """
+        self._rearrange(lambda rows: _chosen(rows, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let each row be followed by `repeats - 1` copies of it.
@@ -677,8 +703,12 @@ class VAttentionCache(Cache):
         self._rearrange(lambda rows: rows.repeat_interleave(count))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` (numbers or a mask), in that order, and give back the others."""
-        self._rearrange(lambda rows: rows[torch.as_tensor(indices).cpu()])
+        """Keep the rows `indices` (numbers or a mask), in that order, and give back the others.
+
+        Raises:
+            ConfigError: these are no numbers of rows, and no mask of them. Nothing has changed.
+        """
+        self._rearrange(lambda rows: _chosen(rows, indices))
 
     def _rearrange(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let row i of the batch hold what row `choose(row numbers)[i]` holds now."""
@@ -728,6 +758,8 @@ class VAttentionCache(Cache):
         for group in self._groups.values():
             group.close()
         self._memory.close()
+
+    __reduce_ex__ = not_copied
 
     def __enter__(self) -> VAttentionCache:
         return self

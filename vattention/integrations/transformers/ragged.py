@@ -26,6 +26,7 @@ from vattention import Sequence
 from vattention.config import check_tokens
 from vattention.errors import Closed, ConfigError, StaleSequence
 from vattention.integrations.transformers import operator
+from vattention.integrations.transformers.cache import not_copied
 
 if TYPE_CHECKING:
     from vattention.integrations.transformers.engine import Engine
@@ -162,6 +163,8 @@ class RaggedCache(Cache):
         )
 
     reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
+
+    __reduce_ex__ = not_copied
 
     # ---- what the engine asks ----
 
