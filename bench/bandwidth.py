@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 import vattention as va
+from vattention.pool import MAX_EXTENT_BYTES
 
 from .common import (
     GIB,
@@ -99,7 +100,8 @@ def run(context: Context) -> dict[str, object]:
 class _Variant:
     name: str
     layout: va.KVLayout
-    extents: str = "large"  # or "small": of a page each; or "shuffled": these in random order
+    # Or "half": up to half as large; "small": of a page each; "shuffled": these in random order.
+    extents: str = "large"
 
     @property
     def layers(self) -> list[int]:
@@ -126,7 +128,11 @@ def _variants(context: Context) -> list[_Variant]:
     token_some = shape("token", num_layers=some)
     token_two = dataclasses.replace(shape("token", num_layers=LAYERS), layers_per_row=2)
     page = show_bytes(_page_bytes(context))
+    balanced = shape("balanced", num_layers=LAYERS)
+    half = show_bytes(MAX_EXTENT_BYTES // 2)
     return [
+        _Variant("balanced order", balanced),
+        _Variant(f"balanced order, extents up to {half}", balanced, "half"),
         _Variant("layer order", layer),
         _Variant(f"layer order, {page} extents", layer, "small"),
         _Variant(f"layer order, {page} extents, shuffled", layer, "shuffled"),
@@ -166,11 +172,12 @@ class _Ours:
     def __init__(self, context: Context, batch: int, length: int, variant: _Variant) -> None:
         layout = variant.layout
         page_bytes = _page_bytes(context)
+        largest = {"large": MAX_EXTENT_BYTES, "half": MAX_EXTENT_BYTES // 2}
         nbytes = batch * layout.mapped_bytes(length, page_bytes)
         self.pool = va.Pool(
             nbytes,
             context.device,
-            max_extent=None if variant.extents == "large" else page_bytes,
+            max_extent=largest.get(variant.extents, page_bytes),
             background=False,
         )
         created_as = {}

@@ -25,9 +25,9 @@ import torch
 
 import vattention as va
 from vattention import _core
+from vattention.pool import MAX_EXTENT_BYTES
 
 from .common import (
-    MIB,
     Context,
     Samples,
     alternate,
@@ -179,11 +179,11 @@ def _show(context: Context, result: dict, samples: Samples, ours: Mapping[str, _
 
 
 def _extents(nbytes: int, page_bytes: int) -> list[int]:
-    """The sizes a pool takes with its defaults: powers of two, up to 256 MiB."""
+    """The sizes a pool takes with its defaults: powers of two, up to the largest."""
     sizes = []
     while nbytes > 0:
         size = page_bytes
-        while size * 2 <= min(nbytes, 256 * MIB):
+        while size * 2 <= min(nbytes, MAX_EXTENT_BYTES):
             size *= 2
         sizes.append(size)
         nbytes -= size

@@ -17,8 +17,10 @@ from vattention.stats import PoolStats
 HOST_PAGE_BYTES = 64 << 10
 
 #: The largest extent unless another is asked for: large enough that mapping costs little for each
-#: byte, small enough that what trim and reclaim can give back is not coarse.
-MAX_EXTENT_BYTES = 256 << 20
+#: byte, and that kernels lose least in long rows of several layers (over half of it they lose as
+#: much as over single pages: bench/results, bandwidth, balanced order); small enough that what trim
+#: and reclaim can give back is not coarse.
+MAX_EXTENT_BYTES = 512 << 20
 
 _DEVICES = "device must be 'cuda', 'cuda:N' or 'cpu'"
 
@@ -61,7 +63,7 @@ class Pool:
         page_bytes: the page size, on the host backend only; a power of two, at least the system's;
             64 KiB by default.
         max_extent: the largest physical allocation, in bytes or as text; a power of two times the
-            page size; 256 MiB by default.
+            page size; 512 MiB by default.
         low_watermark: the background thread keeps this many bytes created and free.
         high_watermark: idle memory above this many bytes goes back to the driver; by default none
             does until :meth:`reclaim`.
