@@ -622,7 +622,7 @@ def _contest(
     """Times them in turn, several times over, each time in other memory."""
     context = report.context
     decode = shape.phase == "decode"
-    repetitions = context.pick(30 if decode else 4, 3, 4 if context.cuda else 3)
+    repetitions = context.pick(30 if decode else 8, 3, 4 if context.cuda else 3)
     us: dict[str, list[float]] = {}
     host_us: dict[str, list[float]] = {}
     about: dict[str, dict[str, Any]] = {}
@@ -633,7 +633,7 @@ def _contest(
         if context.cuda:
             free, total = torch.cuda.mem_get_info(context.device)
             in_use = max(in_use, total - free - rig.held_back_bytes)
-        samples = _time(context, arms, repetitions, warmup=3 if decode else 1)
+        samples = _time(context, arms, repetitions, warmup=3)
         for arm in arms:
             us.setdefault(arm.name, []).extend(samples[arm.name]["us"])
             host_us.setdefault(arm.name, []).extend(arm.take_host_us())

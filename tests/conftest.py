@@ -6,6 +6,8 @@ import functools
 import os
 import random
 import unittest.mock
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_items and _missing_gpu():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=NO_DEVICE))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """On a GPU, which is often lent for a time, failures are shown when they come."""
+    report = yield
+    reporter = item.config.pluginmanager.get_plugin("terminalreporter")  # not in xdist's workers
+    if report.failed and item.config.getoption("--require-gpu") and reporter is not None:
+        reporter.write_line(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", red=True)
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
