@@ -23,7 +23,7 @@ import pytest
 
 pytestmark = pytest.mark.gpu
 
-AT_ONCE = 6
+AT_ONCE = max(4, 3 * (os.cpu_count() or 4) // 4)
 TIMEOUT_S = 180
 
 Outcome = subprocess.CompletedProcess[str]
