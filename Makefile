@@ -87,7 +87,7 @@ build/transformers-%: $(DEPS)
 	@touch $@
 
 test-families: $(INSTALLED)
-	$(PY) tests/enable/families.py
+	PYTHONPATH=tests $(PY) tests/enable/families.py
 
 bench: $(INSTALLED)
 	$(PY) -m bench $(BENCH_ARGS)

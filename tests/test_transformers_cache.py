@@ -15,65 +15,37 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from small_models import (  # noqa: E402
+    FULL,
+    PAD,
+    SLIDING,
+    SMALL,
+    VOCAB,
+    WINDOW,
+    deepseek_v3,
+)
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import vattention as va  # noqa: E402
 from vattention.integrations.transformers import VAttentionCache  # noqa: E402
 
 PAGE_BYTES = 4096
-WINDOW = 16
 MIN_TRIM_TOKENS = 64  # what the cache waits for
 TRIM_MARGIN_TOKENS = 16  # what an allocator leaves mapped
-VOCAB = 97
-PAD = 0
 
-SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=2048,
-    # Far larger than in trained models, so that each token depends on all that went before.
-    initializer_range=0.4,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=None,
-    tie_word_embeddings=False,
-)
-FULL, SLIDING = "full_attention", "sliding_attention"
 CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(num_hidden_layers=2, **SMALL),
-    "qwen2": lambda: transformers.Qwen2Config(num_hidden_layers=2, **SMALL),
-    "mistral": lambda: transformers.MistralConfig(
-        num_hidden_layers=2, sliding_window=WINDOW, **SMALL
-    ),
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "mistral": lambda: transformers.MistralConfig(sliding_window=WINDOW, **SMALL),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        num_hidden_layers=3,
         sliding_window=WINDOW,
         layer_types=[SLIDING, SLIDING, FULL],
-        **SMALL,
+        **{**SMALL, "num_hidden_layers": 3},
     ),
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        num_hidden_layers=2,
-        kv_lora_rank=24,
-        q_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=32,
-        first_k_dense_replace=1,
-        **{**SMALL, "num_key_value_heads": 4, "head_dim": 8},
-    ),
+    "deepseek_v3": deepseek_v3,
     # Its two layer types differ in shape, and its last layers read the keys and values of earlier
     # ones and have no cache of their own.
     "gemma4": lambda: transformers.Gemma4TextConfig(
-        num_hidden_layers=4,
         num_kv_shared_layers=2,
         sliding_window=WINDOW,
         layer_types=[SLIDING, FULL, SLIDING, FULL],
@@ -81,7 +53,7 @@ CONFIGS = {
         num_global_key_value_heads=1,
         vocab_size_per_layer_input=VOCAB,
         hidden_size_per_layer_input=8,
-        **SMALL,
+        **{**SMALL, "num_hidden_layers": 4},
     ),
 }
 NAMES = tuple(CONFIGS)

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from small_models import FULL, PAD, SLIDING, SMALL, VOCAB, WINDOW  # noqa: E402
 
 import vattention as va  # noqa: E402
 from vattention.integrations.transformers import (  # noqa: E402
@@ -21,27 +22,6 @@ from vattention.integrations.transformers import (  # noqa: E402
 from vattention.integrations.transformers.ragged import RaggedCache  # noqa: E402
 
 PAGE_BYTES = 4096  # of the host backend here: 16 tokens of two layers' K
-WINDOW = 16
-VOCAB = 97
-PAD = 0
-
-SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=2048,
-    # Far larger than in trained models, so that each token depends on all that went before.
-    initializer_range=0.4,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=None,
-    tie_word_embeddings=False,
-)
-FULL, SLIDING = "full_attention", "sliding_attention"
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),

@@ -1,6 +1,8 @@
 """Every family of causal models that transformers has, small, with random weights: as before?
 
-    python tests/enable/families.py [NAME ...]     or `make test-families`: several minutes
+    PYTHONPATH=tests python tests/enable/families.py [NAME ...]
+
+or `make test-families`, which takes several minutes.
 
 A family is "equal" where the tokens of `generate()` (padded batch, sampling, a continued chat) are
 the same with `enable` as before and after it, "refused" where `enable` raises ConfigError, and
@@ -22,7 +24,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 import transformers
-from enabled_models import SMALL, WINDOW, enabled, prompts
+from enabled_models import enabled, prompts
+from small_models import SMALL, WINDOW
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -11,7 +11,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from enabled_models import (  # noqa: E402
-    VOCAB,
     build,
     decode,
     enabled,
@@ -21,6 +20,7 @@ from enabled_models import (  # noqa: E402
     prompts,
     start,
 )
+from small_models import VOCAB  # noqa: E402
 
 import vattention as va  # noqa: E402
 from vattention.integrations.transformers import new_cache  # noqa: E402

@@ -14,7 +14,6 @@ transformers = pytest.importorskip("transformers")
 
 from enabled_models import (  # noqa: E402
     PAGE_BYTES,
-    WINDOW,
     Notes,
     build,
     configs_of,
@@ -32,6 +31,7 @@ from enabled_models import (  # noqa: E402
     start,
     token_bytes,
 )
+from small_models import WINDOW  # noqa: E402
 
 import vattention as va  # noqa: E402
 from vattention.integrations.transformers import (  # noqa: E402

@@ -13,8 +13,6 @@ transformers = pytest.importorskip("transformers")
 
 from enabled_models import (  # noqa: E402
     CONFIGS,
-    SMALL,
-    VOCAB,
     assert_as_before,
     configs_of,
     enabled,
@@ -26,6 +24,7 @@ from enabled_models import (  # noqa: E402
     small,
     state_of,
 )
+from small_models import SMALL, VOCAB  # noqa: E402
 
 from vattention.integrations.transformers import (  # noqa: E402
     new_cache,

@@ -12,9 +12,6 @@ transformers = pytest.importorskip("transformers")
 from enabled_models import (  # noqa: E402
     CASES,
     GPU,
-    PAD,
-    SMALL,
-    VOCAB,
     Notes,
     assert_as_before,
     build,
@@ -27,6 +24,7 @@ from enabled_models import (  # noqa: E402
     prompts,
     start,
 )
+from small_models import PAD, SMALL, VOCAB  # noqa: E402
 
 from vattention.integrations.transformers.ragged import RaggedCache  # noqa: E402
 

@@ -11,10 +11,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from enabled_models import (  # noqa: E402
-    FULL,
-    PAD,
-    SMALL,
-    VOCAB,
     assert_as_before,
     build,
     enabled,
@@ -25,6 +21,7 @@ from enabled_models import (  # noqa: E402
     start,
     state_of,
 )
+from small_models import FULL, PAD, SMALL, VOCAB, deepseek_v3  # noqa: E402
 
 import vattention as va  # noqa: E402
 from vattention.integrations.transformers import (  # noqa: E402
@@ -184,21 +181,7 @@ def t5() -> Any:
 
 
 def deepseek() -> Any:
-    config = transformers.DeepseekV3Config(
-        kv_lora_rank=24,
-        q_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=32,
-        first_k_dense_replace=1,
-        **{**SMALL, "num_key_value_heads": 4, "head_dim": 8},
-    )
-    return transformers.DeepseekV3ForCausalLM(config)
+    return transformers.DeepseekV3ForCausalLM(deepseek_v3())
 
 
 def mamba() -> Any:
