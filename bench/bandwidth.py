@@ -133,6 +133,16 @@ def _variants(context: Context) -> list[_Variant]:
     return [
         _Variant("balanced order", balanced),
         _Variant(f"balanced order, extents up to {half}", balanced, "half"),
+        *(
+            _Variant(
+                f"balanced order, {per_row} layers a row",
+                dataclasses.replace(
+                    shape("balanced", num_layers=-(-LAYERS // per_row) * per_row),
+                    layers_per_row=per_row,
+                ),
+            )
+            for per_row in (2, 3, 6, 8)  # of Llama-3-8B four fit the default
+        ),
         _Variant("layer order", layer),
         _Variant(f"layer order, {page} extents", layer, "small"),
         _Variant(f"layer order, {page} extents, shuffled", layer, "shuffled"),
