@@ -6,8 +6,6 @@ import functools
 import os
 import random
 import unittest.mock
-from collections.abc import Generator
-from typing import Any
 
 import pytest
 
@@ -38,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     except ValueError:
         raise pytest.UsageError(f"--seed: a number or 'random', not {text!r}") from None
+    if config.getoption("--require-gpu"):
+        config.pluginmanager.register(_ShowFailures(config))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -56,14 +56,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=NO_DEVICE))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """On a GPU, which is often lent for a time, failures are shown when they come."""
-    report = yield
-    reporter = item.config.pluginmanager.get_plugin("terminalreporter")  # not in xdist's workers
-    if report.failed and item.config.getoption("--require-gpu") and reporter is not None:
-        reporter.write_line(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", red=True)
-    return report
+class _ShowFailures:
+    """Shows failures when they come: on a GPU, which is often lent for a time, a run may be cut."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:  # None: in a worker of xdist
+            text = f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}"
+            reporter.write_line(text, red=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
