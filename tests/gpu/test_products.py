@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+from vattention.integrations.transformers import matvec
 from vattention.integrations.transformers.matvec import one_row_products, product
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(4096, 4096), (1024, 14336), (28672, 4096), (1, 8), (5, 2047), (130, 2049), (257, 96)]
+SHAPES = [(4096, 4096), (1024, 14336), (28672, 4096), (1, 16), (5, 2032), (130, 2064), (257, 96)]
 
 
 def operands(rows: int, columns: int, dtype: torch.dtype, tokens: int = 1) -> list[torch.Tensor]:
@@ -48,11 +49,30 @@ def test_rows_of_a_larger_matrix_are_read_where_they_lie():
         assert torch.equal(product(x, wide[:, :512], None), product(x, weight, None))
 
 
-@pytest.mark.parametrize("tokens, dtype", [(2, torch.bfloat16), (1, torch.float32)])
-def test_what_the_kernel_is_not_for_goes_to_the_library(tokens, dtype):
-    x, weight, bias = operands(48, 64, dtype, tokens)
+@pytest.mark.parametrize(
+    "rows, columns, tokens, dtype",
+    [
+        (48, 64, 2, torch.bfloat16),
+        (48, 64, 1, torch.float32),
+        (1, 8, 1, torch.bfloat16),
+        (5, 2047, 1, torch.float16),
+    ],
+)
+def test_what_the_kernel_is_not_for_goes_to_the_library(rows, columns, tokens, dtype, monkeypatch):
+    monkeypatch.setattr(matvec, "_matvec", None)
+    x, weight, bias = operands(rows, columns, dtype, tokens)
     with one_row_products([]):
         assert torch.equal(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_rows_that_begin_anywhere_go_to_the_library(monkeypatch):
+    monkeypatch.setattr(matvec, "_matvec", None)
+    x, weight, _ = operands(64, 512, torch.bfloat16)
+    wide = torch.zeros(64, 513, dtype=torch.bfloat16, device="cuda")
+    wide[:, :512] = weight
+    with one_row_products([]):
+        found = product(x, wide[:, :512], None)
+    assert torch.equal(found, torch.nn.functional.linear(x, wide[:, :512]))
 
 
 def test_linears_compute_by_it_for_a_while():

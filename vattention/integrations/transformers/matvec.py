@@ -22,6 +22,9 @@ except ImportError:  # then torch's product is used
 __all__ = ["one_row_products", "product"]
 
 _ROWS, _BLOCK, _WARPS = 2, 2048, 8
+# Of elements in a row, as in every model's: only then does a thread load 16 bytes at once, which is
+# what the kernel is for.
+_MULTIPLE = 16
 _DTYPES = (torch.bfloat16, torch.float16)
 
 if triton is not None:
@@ -62,6 +65,8 @@ def _on_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
         or x.dtype not in _DTYPES
         or weight.dtype is not x.dtype
         or weight.stride(1) != 1
+        or columns % _MULTIPLE
+        or weight.stride(0) % _MULTIPLE
     ):
         return torch.nn.functional.linear(x, weight, bias)
     x = x.contiguous()
