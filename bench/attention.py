@@ -338,13 +338,15 @@ class _Rig:
         self.q = random(shape.rows * shape.queries, heads, layout.head_dim)
         self._slots: dict[str, _Slots] = {}
         self._pages: dict[int, Pages] = {}
+        plan = self._slots_at(_place(DEFAULT)).plan_of_fa3()
+        self._queries = Queries(self.q, shape.rows, shape.queries, shape.length, plan)
+        self.peers: dict[_Key, Peer] = {
+            _Key(PAGED, peer.kernel, peer.place): peer for peer in peers(context, self._queries)
+        }
 
     def arms(self, keys: Iterable[_Key]) -> list[_Arm]:
         """Those that run; of others it is noted why not."""
         return [arm for arm in map(self._try, keys) if arm is not None]
-
-    def peers(self) -> list[Peer]:
-        return peers(self._context, self._queries())
 
     def close(self) -> None:
         for slots in self._slots.values():
@@ -352,18 +354,14 @@ class _Rig:
         self.packed.clear()
         self._pages.clear()
         self._slots.clear()
-        del self.q, self._held_back
+        del self.q, self._queries, self._held_back
         release_cache(self._context)
 
-    def _slots_in(self, order: str) -> _Slots:
-        if order not in self._slots:
-            self._slots[order] = _Slots(self._context, self._shape, order, self.packed)
-        return self._slots[order]
-
-    def _queries(self) -> Queries:
-        shape = self._shape
-        plan = self._slots_in(DEFAULT).plan_of_fa3()
-        return Queries(self.q, shape.rows, shape.queries, shape.length, plan)
+    def _slots_at(self, place: str) -> _Slots:
+        if place not in self._slots:
+            order = next(order for order in ORDERS if _place(order) == place)
+            self._slots[place] = _Slots(self._context, self._shape, order, self.packed)
+        return self._slots[place]
 
     def _try(self, key: _Key) -> _Arm | None:
         absent = self._report.absent
@@ -386,20 +384,16 @@ class _Rig:
 
     def _make(self, key: _Key) -> _Arm:
         if key.kind == PAGED:
-            (peer,) = (
-                peer
-                for peer in self.peers()
-                if (peer.kernel, peer.place) == (key.kernel, key.place)
-            )
+            peer = self.peers[key]
             tokens = peer.page_tokens
             if tokens not in self._pages:
                 self._pages[tokens] = Pages(self._context, self.packed, tokens)
-            return _Arm(key, *peer.bind(self._queries(), self._pages[tokens]))
+            return _Arm(key, *peer.bind(self._queries, self._pages[tokens]))
         if key.kind == PACKED:
-            slots = self._slots_in(DEFAULT)
+            slots = self._slots_at(_place(DEFAULT))
             calls = slots.calls_over_packed(key.kernel, self.q, self.packed)
         else:
-            slots = self._slots_in(next(order for order in ORDERS if _place(order) == key.place))
+            slots = self._slots_at(key.place)
             calls = slots.calls(key.kernel, self.q)
         chosen = slots.chosen(key.kernel)
         self._report.versions[chosen.name] = chosen.version
@@ -479,7 +473,7 @@ def _run_shape(report: _Report, shape: _Shape) -> dict[str, Any]:
     arms = rig.arms(_Key(PACKED, kernel, PACKED) for kernel in kernels) + ours
     for place in places[1:]:
         arms += rig.arms(_Key(OURS, kernel, place) for kernel in kernels)
-    arms += rig.arms(_Key(PAGED, peer.kernel, peer.place) for peer in rig.peers())
+    arms += rig.arms(rig.peers)
     expected = _Expected(shape, rig, arms[0])
     arms = expected.agree(report, shape, arms)
     sweep = result["sweep"] = _sweep(context, shape, result, arms)

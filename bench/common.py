@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,7 +30,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 HELD_BACK_CYCLES = 1_000_000  # half a millisecond
 
-Call = Callable[[], object]
+T = TypeVar("T")
 
 # By variant, then by metric: samples in the order they were taken, so that those with the same
 # index belong to the same repetition.
@@ -114,7 +114,7 @@ def time_device_us(context: Context, work: Callable[[], object]) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def in_turn(calls: Sequence[Call]) -> Iterator[Call]:
+def in_turn(calls: Sequence[T]) -> Iterator[T]:
     """One call after another, for ever, each of them as often as any.
 
     It starts one later in every round: whoever times every second call times all of them.

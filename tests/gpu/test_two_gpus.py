@@ -65,22 +65,14 @@ def test_attention_runs_where_its_memory_is(name: str) -> None:
 
 def test_an_enabled_model_generates_where_it_is() -> None:
     transformers = pytest.importorskip("transformers")
+    from small_models import SMALL, VOCAB
+
     from vattention.integrations.transformers import disable, enable
 
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.4,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
     torch.manual_seed(1)
+    config = transformers.LlamaConfig(**SMALL)
     model = transformers.AutoModelForCausalLM.from_config(config).to(OTHER, torch.float32).eval()
-    prompt = torch.randint(3, 97, (2, 12), device=OTHER)
+    prompt = torch.randint(3, VOCAB, (2, 12), device=OTHER)
     options = {"max_new_tokens": 30, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     before = model.generate(prompt, **options)
     enable(model, max_batch_size=2, max_seq_len=256, memory="1GiB")
