@@ -13,7 +13,9 @@ Before anything is timed, the output of every arm is compared with that of the f
 with a reference in float64. A measurement is in two parts:
 
 - sweep: every arm, in turn. The times of ours over the default order are what `auto` chooses by
-  (`--save`). Arms that are far behind the fastest are timed in turn among themselves.
+  (`--save`). Arms that are far behind the fastest are timed in turn among themselves, and those
+  close to it again and more often: in prefill, at the power limit, a few calls scatter by more
+  than two kernels differ.
 - contest: of ours, packed and paged the fastest of the sweep, and `auto`, all in turn again, so
   that what is compared was timed in the same repetitions. Ratios are of those pairs; the best of a
   kind is the one with the lowest median here. Which physical pages memory is made of alone moves
@@ -75,6 +77,7 @@ LAYERS = 4  # rotated over: several times the L2 in any shape of decode
 GROUP = 4  # query heads of one KV head
 TOLERANCE = 1e-2  # of a row's norm
 FAR_BEHIND = 2.5  # times the fastest
+CLOSE = 1.15  # times the fastest
 KEPT = 2  # of each kind for the contest
 PLACEMENTS = 4  # of everything in physical memory, in the contest
 HELD_BACK_BYTES = 3 * GIB + 42 * MIB  # and again as much at each further one
@@ -547,9 +550,10 @@ def _sweep(
     limit = FAR_BEHIND * min(once.values())
     near = [arm for arm in arms if once[arm.name] <= limit]
     far = [arm for arm in arms if once[arm.name] > limit]
-    decode = shape.phase == "decode"
-    repetitions = context.pick(20 if decode else 6, 3, 8 if decode and context.cuda else 3)
-    samples = _time(context, near, repetitions, warmup=2 if decode else 1)
+    samples = _time(context, near, context.pick(6, 3, 3), warmup=2)
+    us = {arm.name: quantile(samples[arm.name]["us"], 0.5) for arm in near}
+    close = [arm for arm in near if us[arm.name] <= CLOSE * min(us.values())]
+    samples |= _time(context, close, context.pick(20, 3, 8 if context.cuda else 3), warmup=3)
     samples |= _time(context, far, 3, warmup=1)
     found = {
         arm.name: {
@@ -557,6 +561,7 @@ def _sweep(
             "us": summarize(samples[arm.name]["us"], keep=False),
             "rate": _rate(result, quantile(samples[arm.name]["us"], 0.5)),
             "host_us": quantile(arm.take_host_us(), 0.5),
+            "close": arm in close,
             "far_behind": arm in far,
         }
         for arm in arms

@@ -305,7 +305,8 @@ def _environment(context: Context) -> dict[str, Any]:
         "kernel": platform.release().partition("-")[0],
         "vattention": va.__version__,
         "commit": context.commit or commit,
-        "dirty": dirty,
+        # Not known of a commit that is told; source_sha256 says whether it is that.
+        "dirty": None if context.commit else dirty,
         "source_sha256": _source_digest(),
     }
 

@@ -10,6 +10,15 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _collect_only_what_tests_make() -> Iterator[None]:
+    """torch alone has 300,000 objects to look at: a fifth of a second after each test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _leave_the_gpu_idle() -> Iterator[None]:
     """What one test leaves running, or keeps alive, is not the next one's business."""

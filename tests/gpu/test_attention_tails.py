@@ -8,6 +8,7 @@ processes, which spend most of their time on importing torch, run beside each ot
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,28 +26,46 @@ pytestmark = pytest.mark.gpu
 
 AT_ONCE = max(4, 3 * (os.cpu_count() or 4) // 4)
 TIMEOUT_S = 180
+COMPILE_S = {"flashinfer": 1_200}
+"""More for those that compile, once on a machine, the kernels that they do not come with."""
 
 Outcome = subprocess.CompletedProcess[str]
+
+_running: set[subprocess.Popen[str]] = set()
 
 
 def _run(script: object, case: str) -> Outcome:
     # The same packages as here, however they have been found.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, str(script.__file__), case]
-    try:
-        return subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired as expired:
-        output = (expired.stdout or b"").decode(errors="replace")
-        return Outcome(command, -signal.SIGKILL, f"{output}\nno end after {TIMEOUT_S} s", None)
+    timeout_s = TIMEOUT_S + COMPILE_S.get(case.split(".")[0], 0)
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        _running.add(process)
+        late = ""
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            output, _ = process.communicate()
+            late = f"\nno end after {timeout_s} s"
+        finally:
+            _running.discard(process)
+    return Outcome(command, process.returncode, output + late, None)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """And what it has started, such as compilers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _missing() -> dict[str, str]:
@@ -83,6 +102,8 @@ def outcome(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Outcome]
         }
         yield lambda name: futures[name].result()
         executor.shutdown(wait=False, cancel_futures=True)
+        for process in list(_running):
+            _kill(process)
 
 
 def _by_hand(kind: str) -> list[object]:
