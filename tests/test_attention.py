@@ -542,6 +542,7 @@ APPEND_REFUSES: dict[str, tuple[dict[str, Any], str]] = {
         {"rope": Rope(cos=_table(9, 8).to("meta"), sin=_table(9, 8).to("meta"))},
         "cos and sin must be on cpu",
     ),
+    "rope-text": ({"rope": "x"}, "rope must be a Rope; got str"),
     "layer": ({"layer": 2}, "layer must be"),
 }
 
@@ -600,7 +601,6 @@ def state(batch: Batch) -> tuple[object, ...]:
         batch.max_length,
         batch.host_lengths,
         batch.host_slots,
-        batch.version,
     )
 
 
@@ -671,13 +671,11 @@ def test_rows_may_be_given_by_any_iterable_of_whole_numbers(kv: va.KVAllocator) 
 def test_a_batch_advances_all_but_padding(kv: va.KVAllocator) -> None:
     batch = Batch(kv, 3)
     batch.fill_rows([0, 1, 2], [4, 0, 9])
-    version = batch.version
     batch.advance()
     assert batch.lengths.tolist() == [5, 0, 10]
     batch.note_advance()
     assert batch.host_lengths == [5, 0, 10]
     assert batch.max_length == 10
-    assert batch.version > version
     assert batch.positions()[[0, 2]].tolist() == [4, 9]
     assert batch.positions()[1] < 0
     batch.fill_rows([0, 1], [4, 6], max_length=100)
@@ -766,9 +764,7 @@ def test_what_is_derived_is_made_once_until_the_batch_changes(kv: va.KVAllocator
     for n, change in enumerate(changes, start=1):
         assert batch.derived("a", make_one) == batch.derived("a", make_one) == 0
         assert len(made) == n
-        version = batch.version
         change()
-        assert batch.version > version
     assert batch.derived("b", lambda: 7) == 7
 
 
@@ -820,6 +816,7 @@ ROWS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bound-below": ({"max_length": 4}, "max_length must be"),
     "bound-above": ({"max_length": 257}, "max_length must be"),
     "bound-no-number": ({"max_length": 7.0}, "max_length must be"),
+    "slot-bytes": ({"slots": b"abc"}, "must be alike; got 3, 2 and 2"),
     "slot-no-number": ({"slots": [0.0, 1.0]}, "slots must be whole numbers"),
     "length-no-number": ({"lengths": [4.5, 5]}, "lengths must be whole numbers"),
     "queries-no-number": ({"queries": [1.5, 1.5]}, "queries must be whole numbers"),
@@ -894,6 +891,7 @@ ATTEND_REFUSES: dict[str, tuple[dict[str, Any], str]] = {
     "scales-text": ({"scales": "x"}, "scales must be Scales|8-bit floats"),
     "scales": ({"scales": Scales(k=torch.ones(1, 2))}, "8-bit floats stand for; K is of"),
     "q-strided-heads": ({"q": torch.ones(2, 4, 32)[..., ::2]}, "q must have dense heads"),
+    "sinks-list": ({"sinks": [1.0] * 4}, r"sinks must be \[4\] on cpu, .*; got a list"),
     "sinks-shape": ({"sinks": torch.ones(2)}, r"sinks must be \[4\] on cpu"),
     "sinks-2d": ({"sinks": torch.ones(4, 1)}, r"sinks must be \[4\] on cpu"),
     "sinks-elsewhere": ({"sinks": torch.ones(4, device="meta")}, r"sinks must be \[4\] on cpu"),
@@ -925,6 +923,13 @@ def test_attend_refuses_what_is_of_another_allocator(kv: va.KVAllocator) -> None
         attention(torch.ones(1, 4, 16), 0, batch)
     with pytest.raises(va.ConfigError, match="kv must be a KVAllocator; got Pool"):
         Attention(kv.pool, Options(num_heads=4))
+    for refused in (lambda: Attention(kv, None), lambda: backends(kv, {"num_heads": 4})):
+        with pytest.raises(va.ConfigError, match="options must be Options; got"):
+            refused()
+    with pytest.raises(va.ConfigError, match="batch must be a Batch; got dict"):
+        attention(torch.ones(1, 4, 16), 0, {})
+    with pytest.raises(va.ConfigError, match="q must be .*; got a NoneType"):
+        attention(None, 0, Batch.of({kv.allocate(4): 1}))
 
 
 def test_sinks_are_passed_where_the_options_say_so(kv: va.KVAllocator) -> None:
@@ -1063,8 +1068,11 @@ def test_attention_does_not_keep_the_allocator(close: bool) -> None:
 
 @pytest.mark.parametrize(
     "scale",
-    [torch.ones(2, 2), torch.ones(1, 2).half(), torch.ones(1, 2, device="meta"), torch.ones(2)],
-    ids=["rows", "dtype", "device", "heads-alone"],
+    [
+        *(torch.ones(2, 2), torch.ones(1, 2).half(), torch.ones(1, 2, device="meta")),
+        *(torch.ones(2), [[1.0, 1.0]]),
+    ],
+    ids=["rows", "dtype", "device", "heads-alone", "list"],
 )
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_scales_that_do_not_fit_are_refused(monkeypatch, name: str, scale: torch.Tensor) -> None:
@@ -1308,6 +1316,9 @@ def test_slack_for_what_is_installed(fakes) -> None:
     assert front_slack_tokens() == 7
     with pytest.raises(va.ConfigError, match="backend must be"):
         tail_slack_tokens(backend="none")
+    for no_dtype in ("cpu", "float16", None):
+        with pytest.raises(va.ConfigError, match="dtype must be a torch.dtype"):
+            tail_slack_tokens(no_dtype)
 
 
 def test_a_finite_tail_needs_a_pool_that_is_cleared() -> None:

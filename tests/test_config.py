@@ -58,6 +58,14 @@ def test_parse_bytes_refuses_and_gives_an_example(given):
     assert len(str(caught.value)) < 300
 
 
+def test_parse_bytes_reads_zero_where_it_is_allowed():
+    for zero in (0, "0", "0GiB", " 0 b", "0.5"):
+        assert parse_bytes(zero, name="low", minimum=0) == 0
+    for given in (-1, None, "", 1.5):
+        with pytest.raises(ConfigError, match="^low must be "):
+            parse_bytes(given, name="low", minimum=0)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -217,6 +217,7 @@ def test_sizes_may_be_text() -> None:
     pool.set_budget("2 MB")
     assert pool.budget_bytes == 2_000_000
     pool.set_watermarks(low="4KiB", high="1MiB")
+    pool.set_watermarks(low="0", high="0GiB")
     assert repr(pool) == "Pool(cpu, 0 of 2000000 bytes held)"
 
 

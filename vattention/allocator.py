@@ -44,9 +44,10 @@ class KVAllocator:
         pool: a pool to draw on, instead of all those.
         tail_slack_tokens: tokens readable beyond each length, for kernels that load whole tiles;
             they read as finite. Short sequences share one extent of zeros for it. FlashAttention-3
-            loads tiles of up to 256 tokens by TMA and needs as many, unless the tensor that it is
-            given ends at the sequence's length; FlashAttention-2 and torch's kernels need none.
-            Source: tests/gpu/test_attention_tails.py, on an H200.
+            loads whole tiles by TMA, 192 tokens or 224 of 8 bits, unless the tensor that it is
+            given ends at the sequence's length; FlashAttention-2 and torch's kernels need none:
+            :func:`vattention.attention.tail_slack_tokens` says what is installed needs. Source:
+            tests/gpu/test_attention_tails.py, on an H200.
         lookahead_tokens: the background thread keeps at least this many tokens mapped ahead of
             each length; also what :meth:`Sequence.trim` leaves mapped for growing again.
         max_extent: the largest physical allocation of this allocator; by default the pool's. A

@@ -99,7 +99,7 @@ def check_bool(value: object, *, name: str) -> bool:
     raise ConfigError(f"{name} must be True or False; got {_shown(value)}")
 
 
-def parse_bytes(value: int | str, *, name: str) -> int:
+def parse_bytes(value: int | str, *, name: str, minimum: int = 1) -> int:
     """Return a size in bytes.
 
     Args:
@@ -107,16 +107,17 @@ def parse_bytes(value: int | str, *, name: str) -> int:
             ``EB`` of 1000, none or ``B`` is bytes; letter case and spaces do not matter. A part of
             a byte is dropped.
         name: what the caller calls it; messages begin with it.
+        minimum: least size allowed, 0 or 1.
 
     Raises:
-        ConfigError: it is no such size, is below one byte, or is above `MAX_BYTES`.
+        ConfigError: it is no such size, is below `minimum`, or is above `MAX_BYTES`.
     """
     size_bytes = _read_size(value)
     if size_bytes is None:
         raise ConfigError(f"{name} must be {_SIZE_ALLOWED}; got {_shown(value)}")
-    if not 1 <= size_bytes <= MAX_BYTES:
+    if not minimum <= size_bytes <= MAX_BYTES:
         raise ConfigError(
-            f"{name} must be from 1 byte to {format_bytes(MAX_BYTES)}, "
+            f"{name} must be from {'1 byte' if minimum else '0'} to {format_bytes(MAX_BYTES)}, "
             f'for example "60GiB"; got {_shown(value)}'
         )
     return size_bytes

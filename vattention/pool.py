@@ -17,9 +17,8 @@ from vattention.stats import PoolStats
 HOST_PAGE_BYTES = 64 << 10
 
 #: The largest extent unless another is asked for: large enough that mapping costs little for each
-#: byte, and that kernels lose least in long rows of several layers (over half of it they lose as
-#: much as over single pages: bench/results, bandwidth, balanced order); small enough that what trim
-#: and reclaim can give back is not coarse.
+#: byte, small enough that what trim and reclaim can give back is not coarse. Kernels read memory of
+#: such extents and of smaller ones alike (bench/results, bandwidth).
 MAX_EXTENT_BYTES = 512 << 20
 
 _DEVICES = "device must be 'cuda', 'cuda:N' or 'cpu'"
@@ -142,7 +141,11 @@ class Pool:
         self._core.set_budget(parse_bytes(memory, name="memory"))
 
     def set_watermarks(self, low: int | str = 0, high: int | str | None = None) -> None:
-        """Sets between what amounts the background thread keeps idle memory.
+        """Sets between what amounts the background thread keeps idle memory: both of them.
+
+        Args:
+            low: the thread keeps so many bytes created and free; 0 if it is left out.
+            high: idle memory above this goes back to the driver; none does if it is left out.
 
         Raises:
             ConfigError: `low` is above `high`.
@@ -181,4 +184,4 @@ class Pool:
 def _watermark(value: int | str | None, name: str) -> int:
     if value is None:
         return MAX_BYTES * 2  # above any budget
-    return 0 if value in (0, "0") else parse_bytes(value, name=name)
+    return parse_bytes(value, name=name, minimum=0)

@@ -53,7 +53,8 @@ class KVStats:
     mapped_bytes: int
     """Physical memory behind live sequences."""
     used_bytes: int
-    """What the live tokens' own K and V take: the least any cache needs."""
+    """What K and V of the sequences' tokens take, those that `trim_front` gave back included: the
+    least that a cache needs which gives none back."""
     cached_bytes: int
     """Mapped behind freed slots and ready for the next sequence."""
     retired_bytes: int
@@ -71,7 +72,7 @@ class KVStats:
     steps: int
     """Steps done, since the allocator was made; so are the counts below."""
     waited_steps: int
-    """Steps that called the driver or waited for the background thread."""
+    """Steps that called the driver or waited for the background thread, those that failed too."""
     ahead_mappings: int
     """Mappings made by the background thread before a step needed them."""
     ahead_failures: int

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
+import dataclasses
 import functools
+import threading
 
 import pytest
 
@@ -14,15 +17,17 @@ from enabled_models import (  # noqa: E402
     build,
     decode,
     enabled,
+    exact_pool,
     generate,
     joined,
     live_tokens,
     prompts,
     start,
 )
-from small_models import VOCAB  # noqa: E402
+from small_models import VOCAB, WINDOW  # noqa: E402
 
 import vattention as va  # noqa: E402
+from vattention.attention.reference import Torch  # noqa: E402
 from vattention.integrations.transformers import new_cache  # noqa: E402
 from vattention.integrations.transformers.ragged import RaggedCache  # noqa: E402
 from vattention.integrations.transformers.versions import CACHE, CACHE_NAMES  # noqa: E402
@@ -106,6 +111,69 @@ def test_decode_by_hand_equals_generate_before(device, masks, positions):
             tokens.append(output.logits.argmax(-1))
         assert cache.lengths == [40, 26, 21]
     assert joined(*tokens) == before.tolist()
+
+
+def test_positions_that_are_not_given_are_those_of_the_rows(device):
+    model = build("llama", device)
+    with torch.no_grad(), enabled(model) as engine:
+        cache, token = start(model, engine, prompts([17], device))
+        far = torch.tensor([[100]], device=device)
+        model(input_ids=token, past_key_values=cache, position_ids=far)
+        ours = model(input_ids=token, past_key_values=cache).logits
+        cache.crop(-1)
+        near = torch.tensor([[18]], device=device)
+        same = model(input_ids=token, past_key_values=cache, position_ids=near).logits
+        torch.testing.assert_close(ours, same)
+
+
+def test_threads_generate_with_one_model(device):
+    model = build("llama", device)
+    inputs = [prompts([length], device, seed=length) for length in (5, 9, 9, 20)]
+    before = [generate(model, each, max_new_tokens=20).tolist() for each in inputs]
+    ready = threading.Barrier(len(inputs))
+
+    def run(each):
+        ready.wait()
+        return [generate(model, each, max_new_tokens=20).tolist() for _ in range(3)]
+
+    with enabled(model), concurrent.futures.ThreadPoolExecutor(len(inputs)) as executor:
+        found = list(executor.map(run, inputs))
+    assert found == [[tokens] * 3 for tokens in before]
+
+
+def test_other_caches_are_served_while_another_thread_generates():
+    model = build("llama", "cpu")
+    inputs = prompts([9, 4], "cpu")
+    before = generate(model, inputs).tolist()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    with enabled(model), concurrent.futures.ThreadPoolExecutor(1) as executor, torch.no_grad():
+        ours = executor.submit(generate, model, inputs)
+        calls = 0
+        while not ours.done() or calls < 10:
+            found = model(**inputs).logits
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+            calls += 1
+        assert ours.result().tolist() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"input_ids": [[1, 2]]}, "needs input_ids"),
+        ({"attention_mask": [[1, 1]]}, "attention_mask must be a tensor; got a list"),
+        ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, r"position_ids must be \[1, 2\]"),
+        ({"position_ids": [[0, 1]]}, "position_ids must be.* got a list"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(arguments, words):
+    model = build("llama", "cpu")
+    with torch.no_grad(), enabled(model) as engine:
+        cache = RaggedCache(engine)
+        given = {"input_ids": torch.tensor([[1, 2]]), **arguments}
+        with pytest.raises(va.ConfigError, match=words):
+            model(**given, past_key_values=cache)
+        assert cache.lengths == []
 
 
 def test_logits_of_a_step_outlive_the_next(device):
@@ -219,6 +287,30 @@ def test_crop_takes_tokens_back(device):
         with pytest.raises(va.ConfigError, match=r"\[50, 36, 31\].*cannot lose 32"):
             cache.crop(-32)
         assert cache.lengths == [50, 36, 31]
+
+
+def test_crop_leaves_what_kernels_load_below_a_window(monkeypatch):
+    needs = dataclasses.replace(Torch.needs, front_slack_tokens=64)
+    monkeypatch.setattr(Torch, "needs", needs)
+    model = build("mistral", "cpu")
+    with enabled(model, max_seq_len=2048, pool=exact_pool("cpu")) as engine:
+        cache, token = start(model, engine, prompts([1000], "cpu"))
+        decode(model, cache, token, 300)
+        cache.crop(-256)
+        (slot,) = cache.slots(0)
+        kv = engine.groups[0].kv
+        k, _ = kv.layer(0)
+        row_bytes = k.stride(1) * k.element_size()
+        begin = k[slot].data_ptr()
+        mapped = [
+            (info.address - begin) // row_bytes
+            for info in kv.mappings()
+            if begin <= info.address < begin + k.stride(0) * k.element_size()
+        ]
+        oldest_needed = cache.lengths[0] - WINDOW + 1 - 64
+        assert 0 < min(mapped) <= oldest_needed
+        with pytest.raises(va.ConfigError, match="window"):
+            cache.crop(min(mapped) + WINDOW + 63)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])

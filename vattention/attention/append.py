@@ -152,6 +152,8 @@ def _check(new: torch.Tensor, cache: torch.Tensor, batch: Batch, name: str) -> N
 
 
 def _check_rope(rope: Rope, q: torch.Tensor | None, batch: Batch, keys: torch.Tensor) -> None:
+    if not isinstance(rope, Rope):
+        raise ConfigError(f"rope must be a Rope; got {type(rope).__name__}")
     positions, half = rope.cos.shape
     if rope.cos.device != keys.device:
         raise ConfigError(f"cos and sin must be on {keys.device}; they are on {rope.cos.device}")

@@ -33,15 +33,21 @@ def backends(kv: KVAllocator, options: Options) -> dict[str, list[str]]:
     Tail slack is not among the reasons, since it depends on the batch.
 
     Raises:
-        ConfigError: `kv` is no allocator.
+        ConfigError: `kv` is no allocator, or `options` are no `Options`.
     """
-    if not isinstance(kv, KVAllocator):
-        raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
+    _check_kinds(kv, options)
     return {
         name: [f"{missing} is not installed"] if missing else backend.needs.unmet_by(kv, options)
         for name, backend in BACKENDS.items()
         for missing in (_missing_for(backend, kv),)
     }
+
+
+def _check_kinds(kv: object, options: object) -> None:
+    if not isinstance(kv, KVAllocator):
+        raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
+    if not isinstance(options, Options):
+        raise ConfigError(f"options must be Options; got {type(options).__name__}")
 
 
 def _missing_for(backend: type[Backend], kv: KVAllocator) -> str | None:
@@ -65,8 +71,7 @@ class Attention:
 
     def __init__(self, kv: KVAllocator, options: Options, backend: str = "auto") -> None:
         """Loads the libraries that may be used."""
-        if not isinstance(kv, KVAllocator):
-            raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
+        _check_kinds(kv, options)
         if backend == "auto":
             reasons = backends(kv, options)
             names = [name for name, why in reasons.items() if not why]
@@ -194,10 +199,17 @@ class Attention:
         return reasons
 
     def _check(self, q: torch.Tensor, batch: Batch, sinks: torch.Tensor | None) -> None:
+        if not isinstance(batch, Batch):
+            raise ConfigError(f"batch must be a Batch; got {type(batch).__name__}")
         batch.require_filled()
         layout = self._layout
         wanted = (batch.num_queries, self.options.num_heads, layout.head_dim)
-        if q.shape != wanted or q.dtype is not layout.dtype or q.device != self._device:
+        if (
+            not is_tensor(q)
+            or q.shape != wanted
+            or q.dtype is not layout.dtype
+            or q.device != self._device
+        ):
             raise ConfigError(
                 f"q must be {list(wanted)} of {layout.dtype} on {self._device}; got {shown(q)}"
             )
@@ -209,7 +221,10 @@ class Attention:
             raise ConfigError("pass sinks where the options say so, and only there")
         heads = self.options.num_heads
         if sinks is not None and (
-            sinks.shape != (heads,) or sinks.device != self._device or not sinks.is_floating_point()
+            not is_tensor(sinks)
+            or sinks.shape != (heads,)
+            or sinks.device != self._device
+            or not sinks.is_floating_point()
         ):
             raise ConfigError(
                 f"sinks must be [{heads}] on {self._device}, of floating point; got {shown(sinks)}"
@@ -225,7 +240,7 @@ class Attention:
         for name, scale in (("q", scales.q), ("k", scales.k), ("v", scales.v)):
             if scale is None:
                 continue
-            alike = scale.shape == wanted and scale.device == self._device
+            alike = is_tensor(scale) and scale.shape == wanted and scale.device == self._device
             if not alike or scale.dtype is not torch.float32:
                 raise ConfigError(
                     f"scales.{name} must be {list(wanted)} of torch.float32 on {self._device}; got "

@@ -45,7 +45,8 @@ class Batch:
         kv.step({seq: seq.length + n for seq, n in new_tokens.items()})
         batch.fill(new_tokens)
 
-    It holds slots, not sequences: fill it anew when one of them has been freed.
+    It holds slots and lengths, not sequences: fill it anew when one of them has been freed or
+    trimmed. Kernels would read what is not mapped any more, which ends the process.
 
     Args:
         kv: the allocator whose slots are meant.
@@ -67,7 +68,7 @@ class Batch:
         *,
         graph: bool = False,
     ) -> None:
-        """Takes 16 bytes a row and 4 a query on the device."""
+        """Takes 12 bytes a row and 4 a query on the device."""
         if not isinstance(kv, KVAllocator):
             raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
         rows = check_int(max_rows, name="max_rows", minimum=1, maximum=_MAX_INT32 // 4)
@@ -83,7 +84,6 @@ class Batch:
                 3 * rows + 1 + self.capacity, dtype=torch.int32, device=kv.device
             )
         self._derived: dict[object, Any] = {}
-        self.version = 0
         self.num_rows = 0
         self.num_queries = 0
         self.max_queries = 0
@@ -252,7 +252,6 @@ class Batch:
 
         Call it when the capture of a CUDA graph begins, so that the graph derives them itself.
         """
-        self.version += 1
         self._derived.clear()
 
     def derived(self, key: object, make: Callable[[], Any]) -> Any:
@@ -329,6 +328,7 @@ def _check_mapping(queries: object) -> None:
 def _whole_numbers(values: Iterable[int], name: str) -> list[int]:
     """A list of them, of Python's own: torch would round what is none, and wrap what is large."""
     try:
-        return array.array("i", values).tolist()
+        # From bytes it would read numbers of its own size.
+        return array.array("i", iter(values)).tolist()
     except (TypeError, OverflowError) as error:
         raise ConfigError(f"{name} must be whole numbers of 32 bits: {error}") from error

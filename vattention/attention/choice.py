@@ -82,8 +82,10 @@ def tail_slack_tokens(
         backend: "auto" or a name of `BACKENDS`.
 
     Raises:
-        ConfigError: no such backend, or no device.
+        ConfigError: no such backend, device or dtype.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype must be a torch.dtype; got {dtype!r}")
     return max(
         (
             found.needs.tail_slack_of(dtype)

@@ -1,7 +1,7 @@
 """Attention in plain torch, row after row: what the others are compared with, and all a CPU has.
 
-Named `torch`: it computes everything that any backend here can, on any device, in the queries' own
-precision or better. It needs the lengths on the host and is no rival in speed on a GPU.
+Named `torch`: it computes whatever the others can, windows, softcap, sinks and unequal heads, but
+for 8-bit floats, in the queries' own precision or better. It needs the lengths on the host.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 
 __all__ = ["is_tensor", "shown"]
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     """Whether it is a tensor at all, whatever its annotation promises."""
     return isinstance(value, torch.Tensor)
 

@@ -33,6 +33,7 @@ from vattention import (
     SequenceTooLong,
     VAttentionError,
 )
+from vattention.attention.tensors import is_tensor, shown
 from vattention.config import check_int, check_tokens, parse_bytes
 from vattention.integrations.transformers.versions import LayerKind, layer_kinds, no_cache
 from vattention.layout import Order
@@ -111,10 +112,10 @@ class _Shape(NamedTuple):
 
     @classmethod
     def of(cls, key_states: torch.Tensor, value_states: torch.Tensor) -> _Shape:
-        if key_states.dim() != 4 or value_states.dim() != 4:
+        if not all(is_tensor(x) and x.dim() == 4 for x in (key_states, value_states)):
             raise ConfigError(
                 "VAttentionCache needs keys and values of [batch, heads, tokens, dim]; got "
-                f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
+                f"{shown(key_states)} and {shown(value_states)}"
             )
         if key_states.requires_grad or value_states.requires_grad:
             raise ConfigError(

@@ -11,6 +11,7 @@ stamp `_stamp`, as long as they were when that cache's last step ended.
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Decoder"]
 
 _WARMUPS = 2
+
+_capturing = threading.Lock()  # what capturing changes for a while, all models share
 
 
 class Decoder:
@@ -60,11 +63,13 @@ class Decoder:
         side = engine.capture_stream
         side.wait_stream(current)
         one_row = one_row_products(engine.linears) if self.rows == 1 else nullcontext()
-        with torch.cuda.stream(side), one_row, compiled(engine.compiled):
+        with _capturing, torch.cuda.stream(side), one_row, compiled(engine.compiled):
             for _ in range(_WARMUPS):
                 self._run(engine)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=engine.graph_pool, stream=side):
+            # Other threads may allocate meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, engine.graph_pool, side, capture_error_mode=mode):
                 self._output = self._run(engine)
         current.wait_stream(side)
         self._graph = graph
@@ -101,13 +106,10 @@ class Decoder:
                     max_length=self.max_length,
                 )
             self._positions[live:].zero_()  # some rotary embeddings look at the largest
-            if positions is None:
-                self._positions[:live].copy_(self.batches[0].lengths[:live, None])
-        elif positions is None:
-            self._positions[:live].add_(1)
+        if positions is None:
+            positions = self.batches[0].lengths[:live, None]
         self._tokens[:live].copy_(tokens)
-        if positions is not None:
-            self._positions[:live].copy_(positions)
+        self._positions[:live].copy_(positions)
         self._stamp = cache.stamp
         for batch in self.batches:
             batch.note_advance()

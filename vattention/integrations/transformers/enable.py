@@ -38,10 +38,14 @@ def enable(
     cache that the caller passes) runs as it did before. So does a call of more rows than
     `max_batch_size` or more tokens than `max_seq_len`, with a warning.
 
-    Padding counts for nothing. transformers counts it in two places, where results differ then: in
-    a sliding window, if padding lies between tokens (a chat whose second turn is padded again),
-    and in the positions of a model that is given none, which matters with RoPE that scales by
-    length.
+    The model may be called from several threads, each with caches of its own: calls run one after
+    another. (Not so what `torch.compile` made of all of it.)
+
+    Padding counts for nothing. (A token that comes alone, in a decode step, is none, whatever its
+    mask says: looking would wait for the device.) transformers counts it in two places, where
+    results differ then: in a sliding window, if padding lies between tokens (a chat whose second
+    turn is padded again), and in the positions of a model that is given none, which matters with
+    RoPE that scales by length.
 
     Args:
         model: on one device, in the dtype that K and V are to have.

@@ -6,14 +6,19 @@
 
 Layers that keep K and V of one shape and see one window make a group: one allocator. All groups
 draw on one pool. Calls that do not come with a `RaggedCache` go to the model as it was.
+
+What attention is told of a call, and what a decode step reads, belongs to the engine. So calls from
+several threads run one after another, and those on several streams too.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +26,7 @@ import torch
 
 from vattention import KVAllocator, KVLayout, Pool
 from vattention.attention import Attention, Batch, Options, append, tail_slack_tokens
+from vattention.attention.tensors import is_tensor, shown
 from vattention.errors import ConfigError, OutOfPages, OutOfSlots, SequenceTooLong
 from vattention.integrations.transformers import operator, traced
 from vattention.integrations.transformers.decode import Decoder
@@ -125,6 +131,8 @@ class Engine:
         for layer, spec in enumerate(specs):
             setattr(spec.module, operator.HANDLE, operator.handle(self.number, layer))
         self._modules = [spec.module for spec in specs]
+        self._lock = threading.RLock()  # held while the model runs
+        self._stream: torch.cuda.Stream | None = None  # of the last call
         self._decoders: dict[tuple[int, int], Decoder] = {}
         if self.device.type == "cuda":
             self.capture_stream = torch.cuda.Stream(self.device)
@@ -231,17 +239,29 @@ class Engine:
         named = [given[name] for name in CACHE_NAMES if given.get(name) is not None]
         cache = named[0] if len(named) == 1 and len(args) <= len(self._parameters) else None
         if not isinstance(cache, RaggedCache):
-            return self._original(*args, **kwargs)
-        kwargs = given
-        self._check_call(kwargs)
-        if torch.compiler.is_compiling():
-            output = traced.forward(self, cache, kwargs)
-        else:
-            tokens = kwargs["input_ids"]
-            self.check_cache(cache, tokens.shape[0])
+            # A compiler cannot follow a lock, and what it makes of this does not need it.
+            with nullcontext() if torch.compiler.is_compiling() else self._lock:
+                return self._original(*args, **kwargs)
+        self._check_call(given)
+        run = traced.forward if torch.compiler.is_compiling() else Engine._run
+        output = run(self, cache, given)
+        return output.to_tuple() if given.get("return_dict") is False else output
+
+    def _run(self, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
+        tokens = kwargs["input_ids"]
+        with self._lock:
+            self.check_step(cache, tokens, kwargs.get("position_ids"))
+            self.follow_stream()
             decode = cache.is_decode(tokens.shape[1])
-            output = (self._decode if decode else self._prefill)(cache, tokens, kwargs)
-        return output.to_tuple() if kwargs.get("return_dict") is False else output
+            return (self._decode if decode else self._prefill)(cache, tokens, kwargs)
+
+    def follow_stream(self) -> None:
+        """Lets the stream in use wait for the last call's: they write to the same tensors."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
         others = [name for name, value in kwargs.items() if name not in _KNOWN and _is_given(value)]
@@ -250,14 +270,22 @@ class Engine:
                 f"an enabled model does not take {', '.join(others)} with the cache of its own; "
                 "pass another cache, such as transformers' DynamicCache"
             )
-        tokens = kwargs.get("input_ids")
-        if tokens is None or tokens.dim() != 2 or tokens.shape[1] == 0:
+        tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if not is_tensor(tokens) or tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ConfigError("an enabled model needs input_ids [batch, tokens] with its cache")
+        if mask is not None and not is_tensor(mask):
+            raise ConfigError(f"attention_mask must be a tensor; got {shown(mask)}")
         if torch.is_grad_enabled():
             raise ConfigError("an enabled model generates: call it under torch.no_grad()")
 
-    def check_cache(self, cache: RaggedCache, rows: int) -> None:
-        """Raises a `ConfigError` unless it can be a cache of so many rows of this engine."""
+    def check_step(self, cache: RaggedCache, tokens: torch.Tensor, positions: Any) -> None:
+        """Raises a `ConfigError` unless tokens and their positions can be a step of that cache."""
+        rows, width = tokens.shape
+        shapes = ((rows, width), (1, width))
+        if positions is not None and not (is_tensor(positions) and positions.shape in shapes):
+            raise ConfigError(
+                f"position_ids must be {[rows, width]} or {[1, width]}; got {shown(positions)}"
+            )
         if cache.engine is not self:
             raise ConfigError("this cache belongs to another model, or to one that was disabled")
         if cache.lengths and len(cache.lengths) != rows:
@@ -513,6 +541,10 @@ class Engine:
 
     def uninstall(self) -> None:
         """Leaves the model as it was; caches that it made are of no use any more."""
+        with self._lock:
+            self._uninstall()
+
+    def _uninstall(self) -> None:
         restore_configs(self._views)
         self._views = []
         for name in self._own:

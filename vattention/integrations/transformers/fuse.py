@@ -45,22 +45,21 @@ class _Merged:
             if self.bias is not None:
                 for linear, bias in zip(linears, self.bias.split(self.sizes), strict=True):
                     linear.bias.data = bias
-        self.input: torch.Tensor | None = None
-        self.parts: tuple[torch.Tensor, ...] = ()
+        self.computed: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
     def compute(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """What linear `number` returns for `x`."""
-        # The merged matrix has no gradient; and what it was computed for may be another input.
-        if torch.is_grad_enabled() or (number > 0 and x is not self.input):
+        computed = self.computed
+        if number == 0 and not torch.is_grad_enabled():  # the merged matrix has no gradient
+            y = product(x, self.weight, self.bias)
+            computed = self.computed = x, y.split(self.sizes, dim=-1)
+        # Which may be of another input.
+        elif computed is None or x is not computed[0] or torch.is_grad_enabled():
             linear = self.linears[number]
             return torch.nn.functional.linear(x, linear.weight, linear.bias)
-        if number == 0:
-            y = product(x, self.weight, self.bias)
-            self.input, self.parts = x, y.split(self.sizes, dim=-1)
-        part = self.parts[number]
         if number == len(self.linears) - 1:
-            self.input, self.parts = None, ()
-        return part
+            self.computed = None
+        return computed[1][number]
 
 
 def _forward_of(merged: _Merged, number: int) -> Any:

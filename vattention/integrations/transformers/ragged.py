@@ -35,7 +35,7 @@ __all__ = ["RaggedCache"]
 
 _stamps = itertools.count(1)
 
-# Tokens below a window that stay at the least, so that as many can always be taken back.
+# Tokens below a window, and below what a kernel loads there, that stay: as many can be taken back.
 _KEPT_TOKENS = 256
 # Giving memory back costs driver calls, so it waits until this many more tokens can go.
 _MIN_TRIM_TOKENS = 256
@@ -143,7 +143,8 @@ class RaggedCache(Cache):
         if min(lengths) < 0:
             raise ConfigError(f"rows of {self.lengths} tokens cannot lose {remove} each")
         for group, released in zip(self.engine.groups, self._released, strict=True):
-            if released and min(lengths) - (group.window or 0) < released:
+            reach = (group.window or 0) + group.front_slack_tokens
+            if released and min(lengths) - reach < released:
                 raise ConfigError(
                     f"rows of {self.lengths} tokens cannot lose {remove} each: what their window "
                     f"would reach then, below token {released}, was given back"
@@ -213,7 +214,7 @@ class RaggedCache(Cache):
             for number, group in enumerate(self.engine.groups):
                 rows = self._rows[number]
                 if group.window is not None:
-                    below = max(group.front_slack_tokens, _KEPT_TOKENS)
+                    below = group.front_slack_tokens + _KEPT_TOKENS
                     self._release(number, group.window + below)
                 group.kv.step(dict(zip(rows, lengths, strict=True)))
                 done.append(rows)
