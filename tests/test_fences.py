@@ -5,6 +5,7 @@ A busy GPU is one whose fences are held back: none that is recorded passes befor
 
 from __future__ import annotations
 
+import array
 import contextlib
 import threading
 import time
@@ -466,28 +467,38 @@ def test_every_stream_that_clears_is_waited_for_by_the_next_that_uses_the_slot()
     core = rig.kv._core
     assert core is not None
 
-    def waits() -> int:
-        return rig.backend.calls().get("wait", 0)
+    lengths = array.array("q", [8])
+    seen = 0
+
+    def waits() -> bool:
+        """Whether a stream has been made to wait since this was asked last."""
+        nonlocal seen
+        before, seen = seen, rig.backend.calls().get("wait", 0)
+        return seen > before
 
     ((slot, generation),) = core.allocate(1, 32, 0)
     core.free(slot, generation, 0)  # dirty memory stays mapped
+    assert not waits()
     rig.backend.hold_fences()
     ((slot, generation),) = core.allocate(1, 8, 1)  # cleared on stream 1, which is busy
-    core.step_sequences([(slot, generation, 8)], 1)
-    assert waits() == 0
-    core.step_sequences([(slot, generation, 16)], 2)  # clears more, on stream 2
-    assert waits() == 1
-    core.free(slot, generation, 2)
-    assert waits() == 1
+    assert not core.try_step_lengths(lengths)  # though nothing is to be mapped
+    core.step_lengths(lengths, 2)
+    assert waits()
+    core.step_sequences([(slot, generation, 16)], 3)  # clears more, on stream 3
+    assert waits()
+    core.step_sequences([(slot, generation, 16)], 1)
+    assert waits()
+    core.step_sequences([(slot, generation, 16)], 3)  # which may be another one by that name
+    assert waits()
+    core.free(slot, generation, 2)  # its fence stands for what other streams clear, too
+    assert waits()
     rig.backend.release_fences()
 
     rig.backend.hold_fences()
     ((slot, generation),) = core.allocate(1, 8, 1)
-    core.free(slot, generation, 2)  # its fence stands for what stream 1 clears, too
-    assert waits() == 2
+    assert not core.try_step_lengths(lengths)
     rig.backend.release_fences()
-
-    ((slot, generation),) = core.allocate(1, 8, 1)
-    core.step_sequences([(slot, generation, 8)], 2)  # where the clearing is done, none waits
+    core.step_lengths(lengths, 2)  # the clearing is done
+    assert core.try_step_lengths(lengths)
     core.free(slot, generation, 3)
-    assert waits() == 2
+    assert not waits()

@@ -197,8 +197,9 @@ bool Allocator::quiescent(Slot& slot) {
   bool passed = false;
   if (!backend().query(slot.fence, &passed).ok() || !passed) return false;
   slot.fence_pending = false;
-  slot.clearing = slot.tail_back = false;  // what the fence was put behind has passed with it
+  note_cleared(slot);  // what the fence was put behind has passed with it
   pool_->return_fence(std::exchange(slot.fence, 0));
+  pool_->gain();
   return true;
 }
 
@@ -321,16 +322,18 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
     return slot.busy && slot.state != SlotState::live;
   };
   std::int64_t first = -1;
+  Patience patience = this->patience();
   for (;;) {
     require_open();  // the lock may have been dropped
+    patience.look(pool_->gains());
     first = count == 1 ? pick_slot(std::max(tokens, expected_tokens)) : pick_slots(count);
     if (first >= 0) {
       if (!vacate_holed(lock, static_cast<std::uint32_t>(first), count)) break;
     } else if (std::any_of(slots_.begin(), slots_.end(), being_emptied)) {
       pool_->wait_for_change(lock);
-    } else if (!pool_->collect(lock) &&
-               !(late_slots() > 0 && wait_for_a_fence(lock, fence_deadline()))) {
-      throw_out_of_slots(count);
+    } else if (!pool_->collect(lock)) {
+      const bool hopeless = late_slots() == 0 && patience.has_seen(pool_->gains());
+      if (hopeless || !wait_for_a_fence(lock, patience)) throw_out_of_slots(count);
     }
   }
 
@@ -360,7 +363,7 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
     refresh(id.slot);
   }
   try {
-    grow(lock, targets, stream, false);  // the slots are quiescent
+    grow(lock, targets, stream, false, patience);  // the slots are quiescent
   } catch (...) {
     for (std::uint32_t i = 0; i < count; ++i) {
       Slot& slot = slots_[begin + i];
@@ -371,6 +374,7 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
       }
       refresh(begin + i);
     }
+    pool_->gain();
     pool_->announce();
     throw;
   }
@@ -390,6 +394,7 @@ bool Allocator::try_step(const std::int64_t* lengths, std::size_t count) noexcep
   if (pool_->inherited()) return false;  // step says why
   const Lock lock = pool_->lock();
   if (count > slots_.size()) return false;
+  if (clearing_slots_ > 0) return false;  // the stream may have to wait for that
   // Branch-free, so that the compiler makes vector code of both passes.
   std::int64_t refused = 0;
   std::int64_t ahead = 0;
@@ -450,9 +455,11 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
   });
   if (!ready) {
     ++counters_.waited_steps;
-    grow(lock, targets, stream, true);
+    Patience patience = this->patience();
+    grow(lock, targets, stream, true, patience);
   }
   for (const Target& target : targets) follow_clearing(slots_[target.slot], stream);
+  if (clearing_slots_ > 0) look_at_clearings();
   bool ahead = false;
   for (const auto& [id, tokens] : lengths) {
     lengths_[id.slot] = std::max(lengths_[id.slot], tokens);
@@ -472,17 +479,27 @@ void Allocator::collect_retired(Lock& lock) {
   audit();
 }
 
+// Whichever stream it is: one that has the handle of the stream that clears may be another one.
 void Allocator::follow_clearing(Slot& slot, Stream stream) {
-  if (!slot.clearing || slot.cleared_on == stream) return;
-  bool passed = false;
-  if (backend().query(slot.cleared, &passed).ok() && passed) {
-    slot.clearing = slot.tail_back = false;
-    return;
-  }
+  if (!is_clearing(slot)) return;
   if (const Status status = backend().wait(stream, slot.cleared); !status.ok()) {
     throw_status(backend(), status);
   }
-  slot.cleared_on = stream;
+}
+
+bool Allocator::is_clearing(Slot& slot) {
+  bool passed = false;
+  if (slot.clearing && backend().query(slot.cleared, &passed).ok() && passed) note_cleared(slot);
+  return slot.clearing;
+}
+
+void Allocator::note_cleared(Slot& slot) noexcept {
+  if (std::exchange(slot.clearing, false)) --clearing_slots_;
+  slot.tail_back = false;
+}
+
+void Allocator::look_at_clearings() {
+  for (Slot& slot : slots_) (void)is_clearing(slot);
 }
 
 Fence Allocator::record_fence(Slot& slot, Stream stream) {
@@ -609,24 +626,23 @@ bool Allocator::any_fence_pending() const noexcept {
          });
 }
 
-std::chrono::steady_clock::time_point Allocator::fence_deadline() const {
-  return std::chrono::steady_clock::now() + std::chrono::milliseconds(config_.fence_timeout_ms);
+Patience Allocator::patience() const {
+  return Patience(std::chrono::milliseconds(config_.fence_timeout_ms));
 }
 
-// Waits, without the lock, until what some freed slot waits for has passed. False where nothing is
-// waited for, and when it is too late.
-bool Allocator::wait_for_a_fence(Lock& lock, std::chrono::steady_clock::time_point deadline) {
-  const std::uint64_t gains = pool_->gains();
-  while (!closed_ && any_fence_pending()) {
-    if (pool_->collect(lock) || pool_->a_fence_passed()) return true;
-    if (pool_->gains() != gains) return true;
+// Waits, without the lock, until there is something that the operation has not looked at. False
+// where no fence is pending, and when it is too late.
+bool Allocator::wait_for_a_fence(Lock& lock, Patience& patience) {
+  while (!closed_ && patience.has_seen(pool_->gains())) {
+    if (!any_fence_pending()) return false;
+    if (pool_->collect(lock) || pool_->a_fence_passed()) continue;
     require_answers();
-    if (std::chrono::steady_clock::now() >= deadline) return false;
+    if (patience.is_over()) return false;
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(20));
     lock.lock();
   }
-  return closed_;
+  return closed_ || patience.looks_again();
 }
 
 void Allocator::require_answers() const {

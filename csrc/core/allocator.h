@@ -12,7 +12,6 @@
 // after the call, and free() and trim() must be called after the last use was enqueued there.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -20,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/patience.h"
 #include "core/pool.h"
 #include "core/run.h"
 
@@ -159,11 +159,10 @@ class Allocator {
     bool busy = false;           // a Work in flight touches it
     bool fence_pending = false;  // cached: the fence has not been seen to pass
     Fence fence = 0;
-    // Behind the last clearing that was enqueued on a caller's stream, and that stream: another
-    // stream's fence says nothing of it.
+    // Behind the last clearing that was enqueued on a caller's stream: another stream's fence says
+    // nothing of it.
     Fence cleared = 0;
-    Stream cleared_on = 0;
-    bool clearing = false;   // it has been recorded
+    bool clearing = false;   // it has been recorded, and not been seen to pass
     bool tail_back = false;  // part of a run is what a trim cut off; `cleared` is behind that too
     std::uint64_t generation = 0;
     std::uint64_t freed_at = 0;
@@ -238,12 +237,13 @@ class Allocator {
   // Throws BackendFailure where the driver cannot say whether a fence has passed: no wait would
   // end.
   void require_answers() const;
-  [[nodiscard]] std::chrono::steady_clock::time_point fence_deadline() const;
-  bool wait_for_a_fence(Lock& lock, std::chrono::steady_clock::time_point deadline);
+  [[nodiscard]] Patience patience() const;
+  bool wait_for_a_fence(Lock& lock, Patience& patience);
 
   // Growth (growth.cpp).
   // `readers`: whether kernels on the stream may be reading behind the targets' tokens.
-  void grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers);
+  void grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers,
+            Patience& patience);
   [[nodiscard]] bool any_busy(const std::vector<Target>& targets) const noexcept;
   [[nodiscard]] Growth plan(const std::vector<Target>& targets, Generosity generosity) const;
   void plan_run(Growth& growth, const Target& target, std::uint32_t region,
@@ -262,8 +262,8 @@ class Allocator {
   void take_back_tails(Slot& slot, Stream stream);
   // The slot's sequence is lost: the driver has left it in an unknown state.
   void give_up(std::uint32_t slot) noexcept;
-  void note_clearing(const Growth& growth, Stream stream) noexcept;
-  Status note_clearing(Slot& slot, Stream stream) noexcept;
+  Status record_clearings(const Growth& growth, Stream stream) noexcept;
+  void note_clearing(Slot& slot) noexcept;
   void make_guard();
 
   // Giving up (reclaim.cpp). The plans append to work.unmaps and unmappings alike.
@@ -293,6 +293,9 @@ class Allocator {
   }
   // Orders the stream behind what clears the slot's memory.
   void follow_clearing(Slot& slot, Stream stream);
+  [[nodiscard]] bool is_clearing(Slot& slot);
+  void note_cleared(Slot& slot) noexcept;
+  void look_at_clearings();
   // A fence behind all that was enqueued on the stream, and behind what clears the slot's memory.
   [[nodiscard]] Fence record_fence(Slot& slot, Stream stream);
   void collect_retired(Lock& lock);
@@ -318,6 +321,7 @@ class Allocator {
   std::vector<std::int64_t> soft_;   // the length above which the mapper is woken
   std::uint64_t clock_ = 0;
   std::size_t retired_entries_ = 0;  // over all slots
+  std::size_t clearing_slots_ = 0;
   AllocatorStats counters_;
 };
 

@@ -32,6 +32,12 @@ void Pool::check_locked() const {
   always(held_bytes_ <= config_.budget_bytes, "physical bytes exceed the budget");
   std::map<const Extent*, std::size_t> owners;
   for (const Allocator* allocator : allocators_) allocator->check_locked(&owners);
+  for (const Remains& remains : unburied_) {
+    if (remains.guard != nullptr) ++owners[remains.guard];
+    for (const Remains::Part& part : remains.parts) {
+      for (const Extent* extent : part.extents) ++owners[extent];
+    }
+  }
   if (working_ > 0) return;  // what is carried is in no list now
 
   std::size_t free_total = 0;

@@ -178,10 +178,15 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller call
   Status status;
   if (growth.removes_guard && caller == Caller::step) status = backend().synchronize(stream);
   if (status.ok()) status = work.run(backend());
-  if (status.ok() && caller != Caller::mapper && !work.zeros.empty()) {
-    note_clearing(growth, stream);
+  bool clearing = status.ok() && caller != Caller::mapper && !work.zeros.empty();
+  if (clearing && !record_clearings(growth, stream).ok()) {
+    (void)backend().synchronize(stream);
+    clearing = false;
   }
   lock.lock();
+  for (const Change& change : growth.changes) {
+    if (clearing) note_clearing(slots_[change.slot]);
+  }
   pool_->end_work();
   commit(growth, work, status.ok());
   pool_->settle(work, status.ok());
@@ -194,22 +199,20 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller call
 }
 
 // Without the lock; the slots are busy.
-void Allocator::note_clearing(const Growth& growth, Stream stream) noexcept {
-  const Slot* last = nullptr;
+Status Allocator::record_clearings(const Growth& growth, Stream stream) noexcept {
+  Status status;
+  Fence last = 0;
   for (const Change& change : growth.changes) {
-    Slot& slot = slots_[change.slot];
-    if (std::exchange(last, &slot) == &slot) continue;
-    if (!note_clearing(slot, stream).ok()) (void)backend().synchronize(stream);
-  }
-}
-
-Status Allocator::note_clearing(Slot& slot, Stream stream) noexcept {
-  const Status status = backend().record(slot.cleared, stream);
-  if (status.ok()) {
-    slot.clearing = true;
-    slot.cleared_on = stream;
+    const Fence fence = slots_[change.slot].cleared;
+    if (std::exchange(last, fence) != fence && status.ok()) {
+      status = backend().record(fence, stream);
+    }
   }
   return status;
+}
+
+void Allocator::note_clearing(Slot& slot) noexcept {
+  if (!std::exchange(slot.clearing, true)) ++clearing_slots_;
 }
 
 bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
@@ -222,7 +225,8 @@ bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
 // which lasts until the lock is dropped; or throws, and no length and no live token has changed.
 // (Tails that were taken back, and what was mapped before a later attempt failed, are surplus
 // then.)
-void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers) {
+void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stream, bool readers,
+                     Patience& patience) {
   // Meanwhile nobody takes from a target what it is to have.
   struct Claims {
     std::vector<Slot>& slots;
@@ -244,6 +248,7 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     claims.make();
     while (any_busy(targets)) pool_->wait_for_change(lock);
     claims.make();  // another operation on the same sequence may have dropped them
+    patience.look(pool_->gains());
     for (std::size_t i = 0; i < targets.size(); ++i) {
       const auto [slot, tokens] = targets[i];
       (void)require_live({slot, generations[i]});
@@ -256,14 +261,14 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     if (growth.bytes > pool_->available_bytes()) {
       const std::size_t missing = growth.bytes - pool_->available_bytes();
       if (missing > pool_->reclaimable_bytes()) {
-        if (pool_->working()) {  // what others carry now may come back
+        if (pool_->working() && !patience.is_over()) {  // what others carry now may come back
           pool_->wait_for_change(lock);
           continue;
         }
         throw_out_of_pages(growth.bytes, pool_->available_bytes(), "the budget is used up");
       }
-      if (!pool_->reclaim_some(lock, missing, true)) {
-        if (!pool_->working()) {
+      if (!pool_->reclaim_some(lock, missing, &patience)) {
+        if (!pool_->working() || patience.is_over()) {
           throw_out_of_pages(growth.bytes, pool_->available_bytes(),
                              "the GPU did not finish with what was freed in time");
         }
@@ -272,7 +277,7 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
       continue;
     }
     if (!pool_->has_mappings(growth.mappings)) {
-      if (pool_->reclaim_some(lock, page_bytes_, true)) continue;
+      if (pool_->reclaim_some(lock, page_bytes_, &patience)) continue;
       throw BackendFailure("the " + std::string(backend().name()) +
                                " backend holds about as many "
                                "mappings as it can (" +
@@ -325,12 +330,14 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
       throw_status(backend(), status);
     }
   }
-  if (pool_->config().zero) {
+  const bool zero = pool_->config().zero;
+  if (zero) {
     follow_clearing(slot, stream);
     if (slot.cleared == 0) slot.cleared = pool_->borrow_fence();
-    if (const Status status = note_clearing(slot, stream); !status.ok()) {
+    if (const Status status = backend().record(slot.cleared, stream); !status.ok()) {
       throw_status(backend(), status);
     }
+    note_clearing(slot);
     slot.tail_back = true;
   }
   for (std::size_t i = slot.retired.size(); i-- > 0;) {
@@ -340,6 +347,7 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
       Run& run = slot.runs[cut.region];
       if (run.mappings.empty()) run.front = cut.first();
       run.end = cut.last();
+      if (!zero) run.clean_end = run.end;
       run.guarded = cut.guarded;
       run.mappings.insert(run.mappings.end(), cut.mappings.begin(), cut.mappings.end());
     }
@@ -370,11 +378,7 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
   for (const std::uint32_t i : short_of_memory) {
     if (growing == kAheadBatch) break;
     Slot& slot = slots_[i];
-    if (slot.tail_back) {
-      bool passed = false;
-      if (!backend().query(slot.cleared, &passed).ok() || !passed) continue;
-      slot.tail_back = false;
-    }
+    if (slot.tail_back && is_clearing(slot)) continue;
     const std::size_t before = growth.changes.size();
     const Target target{
         i, std::min(lengths_[i] + config_.lookahead_tokens, most_tokens(i, lengths_[i]))};
@@ -386,7 +390,7 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
   if (growth.changes.empty()) return false;
   if (growth.bytes > pool_->available_bytes()) {
     // What freed sequences left behind makes room, so that no step has to wait for that either.
-    if (pool_->reclaim_some(lock, growth.bytes - pool_->available_bytes(), false)) return true;
+    if (pool_->reclaim_some(lock, growth.bytes - pool_->available_bytes(), nullptr)) return true;
     ++counters_.ahead_failures;
     return false;
   }
@@ -409,10 +413,14 @@ void Allocator::make_guard() {
   Lock lock = pool_->lock();
   const std::uint8_t order = std::min(max_order_, order_within(config_.guard_pages));
   const std::size_t bytes = (std::size_t{1} << order) * page_bytes_;
+  Patience patience = this->patience();
   while (bytes > pool_->available_bytes()) {
+    patience.look(pool_->gains());
     const std::size_t missing = bytes - pool_->available_bytes();
-    if (missing <= pool_->reclaimable_bytes() && pool_->reclaim_some(lock, missing, true)) continue;
-    if (!pool_->working()) {
+    if (missing <= pool_->reclaimable_bytes() && pool_->reclaim_some(lock, missing, &patience)) {
+      continue;
+    }
+    if (!pool_->working() || patience.is_over()) {
       throw_out_of_pages(bytes, pool_->available_bytes(), "no room for the guard");
     }
     pool_->wait_for_change(lock);

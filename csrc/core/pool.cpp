@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <chrono>
 #include <string>
 #include <utility>
 
@@ -73,6 +72,10 @@ Pool::Pool(std::shared_ptr<Backend> backend, const PoolConfig& config)
 
 Pool::~Pool() {
   stop();
+  {
+    Lock guard(mutex_);
+    (void)bury_again(guard);
+  }
   for (std::vector<Extent*>& list : free_) {
     for (const Extent* extent : list) (void)backend_->destroy(extent->handle);
   }
@@ -143,14 +146,6 @@ void Pool::disown(Extent* extent) {
   if (--extent->owners > 0) return;
   extent->dirty = true;
   put_free(extent);
-}
-
-void Pool::forget(Extent* extent, bool unmapped) {
-  if (unmapped) {
-    release(extent);
-  } else {
-    stuck_bytes_ += bytes(*extent);
-  }
 }
 
 void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
@@ -244,6 +239,7 @@ void Pool::settle(const Work& work, bool built) {
     if (built) release(piece.extent);
   }
   counters_.unmaps += work.unmapped;
+  gain();
 }
 
 bool Pool::has_mappings(std::size_t more) const noexcept {
@@ -279,8 +275,66 @@ void Pool::detach(Allocator* allocator, Lock& lock) {
   std::erase(allocators_, allocator);
 }
 
+void Pool::bury(Remains remains) {
+  const bool anything = remains.guard != nullptr || !remains.parts.empty();
+  if (anything && !backend_->synchronize_device().ok()) {
+    const Lock guard = lock();
+    unburied_.push_back(std::move(remains));
+    return;
+  }
+  std::vector<bool> unmapped;
+  unmapped.reserve(remains.parts.size());
+  for (const Remains::Part& part : remains.parts) {
+    unmapped.push_back(backend_->unmap(part.range.address, part.range.bytes).ok());
+    remains.whole = remains.whole && unmapped.back();
+  }
+  {
+    Lock guard = lock();
+    for (std::size_t i = 0; i < remains.parts.size(); ++i) {
+      for (Extent* extent : remains.parts[i].extents) {
+        if (unmapped[i]) {
+          release(extent);
+        } else {
+          stuck_bytes_ += bytes(*extent);
+        }
+      }
+    }
+    if (remains.guard != nullptr) disown(remains.guard);
+    keep_watermarks(guard);
+    announce();
+  }
+  const Work::Range& reservation = remains.reservation;
+  if (remains.whole && reservation.address != 0) {
+    (void)backend_->unreserve(reservation.address, reservation.bytes);
+  }
+}
+
+bool Pool::bury_again(Lock& lock) {
+  std::vector<Remains> tried = std::exchange(unburied_, {});
+  if (tried.empty()) return false;
+  const std::size_t before = tried.size();
+  begin_work();
+  lock.unlock();
+  for (Remains& remains : tried) bury(std::move(remains));
+  lock.lock();
+  end_work();
+  announce();
+  return unburied_.size() < before;
+}
+
+std::size_t Pool::bytes_of(const Remains& remains) const noexcept {
+  std::size_t total = remains.guard == nullptr ? 0 : bytes(*remains.guard);
+  for (const Remains::Part& part : remains.parts) {
+    for (const Extent* extent : part.extents) {
+      if (extent != remains.guard) total += bytes(*extent);
+    }
+  }
+  return total;
+}
+
 std::size_t Pool::reclaimable_bytes() const {
   std::size_t total = 0;
+  for (const Remains& remains : unburied_) total += bytes_of(remains);
   for (const Allocator* allocator : allocators_) total += allocator->reclaimable_bytes();
   return total;
 }
@@ -342,6 +396,14 @@ Status Pool::run(Lock& lock, Work& work) {
   return status;
 }
 
+// One of those that wait for a fence; who waits with it looks at the fences of all.
+Allocator* Pool::late_allocator() const noexcept {
+  const auto late = std::find_if(allocators_.begin(), allocators_.end(), [](const Allocator* a) {
+    return !a->closed_ && a->any_fence_pending();
+  });
+  return late == allocators_.end() ? nullptr : *late;
+}
+
 bool Pool::a_fence_passed() {
   return std::any_of(allocators_.begin(), allocators_.end(),
                      [](Allocator* allocator) { return allocator->a_fence_passed(); });
@@ -367,16 +429,21 @@ std::size_t Pool::evict(Lock& lock, std::size_t bytes) {
   return planned;
 }
 
-bool Pool::reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed) {
+Patience Pool::patience() const {
+  std::int64_t longest_ms = 0;
+  for (const Allocator* allocator : allocators_) {
+    longest_ms = std::max(longest_ms, allocator->config_.fence_timeout_ms);
+  }
+  return Patience(std::chrono::milliseconds(longest_ms));
+}
+
+bool Pool::reclaim_some(Lock& lock, std::size_t bytes, Patience* patience) {
   if (collect(lock) || evict(lock, bytes) > 0) return true;
-  if (!waiting_allowed) return false;
-  const auto late = std::find_if(allocators_.begin(), allocators_.end(), [](const Allocator* a) {
-    return !a->closed_ && a->any_fence_pending();
-  });
-  if (late != allocators_.end()) {  // it looks at the fences of all
-    Allocator* allocator = *late;
+  if (patience == nullptr) return false;
+  if (bury_again(lock)) return true;
+  if (Allocator* allocator = late_allocator(); allocator != nullptr) {
     const Use use(*this, *allocator);
-    if (allocator->wait_for_a_fence(lock, allocator->fence_deadline())) return true;
+    if (allocator->wait_for_a_fence(lock, *patience)) return true;
   }
   Work work;
   std::vector<Unmapping> unmappings;
@@ -430,16 +497,16 @@ std::size_t Pool::reclaim() {
   Lock guard = lock();
   const GivingBack giving_back(*this);
   while (working_ > 0) wait_for_change(guard);  // what others carry may be idle memory
-  std::size_t gone = give_back_idle(guard);
-  for (std::size_t i = 0; i < allocators_.size(); ++i) {
-    Allocator* allocator = allocators_[i];
-    const Use use(*this, *allocator);
-    const auto deadline = allocator->fence_deadline();
-    while (!allocator->closed_ && allocator->any_fence_pending() &&
-           std::chrono::steady_clock::now() < deadline &&
-           allocator->wait_for_a_fence(guard, deadline)) {
-      gone += give_back_idle(guard);
-    }
+  (void)bury_again(guard);
+  Patience patience = this->patience();
+  std::size_t gone = 0;
+  for (bool waits = true; waits;) {
+    patience.look(gains_);
+    gone += give_back_idle(guard);
+    Allocator* late = late_allocator();
+    if (late == nullptr) break;
+    const Use use(*this, *late);
+    waits = late->wait_for_a_fence(guard, patience);
   }
   audit();
   return gone;
@@ -509,7 +576,9 @@ void Pool::set_budget(std::size_t budget) {
   Lock guard = lock();
   const GivingBack giving_back(*this);
   require_a_page(budget);
+  Patience patience = this->patience();
   while (held_bytes_ > budget) {
+    patience.look(gains_);
     const std::size_t excess = held_bytes_ - budget;
     const std::size_t reclaimable = reclaimable_bytes();
     if (excess > free_bytes_ + reclaimable && working_ == 0) {
@@ -519,8 +588,8 @@ void Pool::set_budget(std::size_t budget) {
           held_bytes_ - free_bytes_ - reclaimable, free_bytes_, reclaimable, config_.budget_bytes);
     }
     if (shrink(guard, free_bytes_ > excess ? free_bytes_ - excess : 0) > 0) continue;
-    if (reclaim_some(guard, excess, true)) continue;
-    if (working_ > 0) {
+    if (reclaim_some(guard, excess, &patience)) continue;
+    if (working_ > 0 && !patience.is_over()) {
       wait_for_change(guard);
       continue;
     }

@@ -22,6 +22,7 @@
 #include "backend/backend.h"
 #include "core/errors.h"
 #include "core/extent.h"
+#include "core/patience.h"
 #include "core/process.h"
 #include "core/work.h"
 
@@ -30,6 +31,19 @@ namespace vattention {
 class Allocator;
 class Mapper;
 struct Unmapping;
+
+// What an allocator leaves whose last owner is gone: it goes back as soon as the device is done
+// with all of it.
+struct Remains {
+  struct Part {
+    Work::Range range;
+    std::vector<Extent*> extents;  // one for each mapping in it, aliases too
+  };
+  std::vector<Part> parts;
+  Extent* guard = nullptr;
+  Work::Range reservation{};  // at 0: there is none
+  bool whole = true;          // whether nothing else is mapped in it
+};
 
 struct PoolConfig {
   std::size_t budget_bytes = 0;
@@ -115,8 +129,12 @@ class Pool {
   void release(Extent* extent);
   // One owner less that was no mapping.
   void disown(Extent* extent);
-  // One mapping of an allocator that is being torn down, which may not have been undone.
-  void forget(Extent* extent, bool unmapped);
+  // Gives back what an allocator leaves; called without the lock. While the device cannot be waited
+  // for, as where a stream of it is being captured, that is kept, and tried again where memory is
+  // wanted. What the driver will not unmap is left to the process.
+  void bury(Remains remains);
+  // Tries again what could not be buried; drops the lock meanwhile. Returns whether any was.
+  bool bury_again(Lock& lock);
   // As settle() does not know of them: mappings that are gone.
   void count_unmapped(std::size_t mappings) noexcept { mappings_ -= mappings; }
 
@@ -126,9 +144,9 @@ class Pool {
   [[nodiscard]] bool working() const noexcept { return working_ > 0; }
 
   // Comes nearer to that many free bytes by giving up what is reclaimable, cheapest first; drops
-  // the lock while the driver works. `waiting_allowed` lets it wait for the GPU. Returns false when
+  // the lock while the driver works. With patience it may wait for the GPU. Returns false when
   // it came no nearer; who needs more calls again.
-  bool reclaim_some(Lock& lock, std::size_t bytes, bool waiting_allowed);
+  bool reclaim_some(Lock& lock, std::size_t bytes, Patience* patience);
   // Carries out a plan of unmappings whose fences have passed; drops the lock meanwhile. Throws
   // BackendFailure.
   void unmap_now(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings) {
@@ -156,7 +174,7 @@ class Pool {
   void wake_mapper() noexcept;
   // Wakes whoever waits for a busy slot or for memory.
   void announce() noexcept { changed_.notify_all(); }
-  // Something was given up, or may be had, that a wait for a fence need not wait for.
+  // Something was given up, or may be had: who waits for a fence looks again at what there is.
   void gain() noexcept { ++gains_; }
   [[nodiscard]] std::uint64_t gains() const noexcept { return gains_; }
   // Whether memory is on its way back to the driver by somebody's wish.
@@ -192,6 +210,9 @@ class Pool {
   bool background_pass(Lock& lock, Stream stream);
   [[nodiscard]] bool waits_for_fences() const noexcept;
   std::size_t evict(Lock& lock, std::size_t bytes);
+  [[nodiscard]] std::size_t bytes_of(const Remains& remains) const noexcept;
+  [[nodiscard]] Patience patience() const;
+  [[nodiscard]] Allocator* late_allocator() const noexcept;
   [[nodiscard]] Status unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
                              bool synchronize);
   void check_locked() const;
@@ -218,6 +239,7 @@ class Pool {
   PoolStats counters_;
   std::vector<Fence> spare_fences_;
   std::vector<Allocator*> allocators_;
+  std::vector<Remains> unburied_;
   std::unique_ptr<Mapper> mapper_;
 };
 

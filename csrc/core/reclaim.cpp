@@ -167,68 +167,42 @@ std::size_t Allocator::reclaimable_bytes() const {
   return bytes;
 }
 
-// The last owner is gone: everything goes back, once the device is done with all of it. What the
-// driver will not undo is left to the process; at its exit the driver may be gone already.
+// The last owner is gone: everything goes back.
 void Allocator::tear_down() noexcept {
   try {
-    bool anything = guard_ != nullptr;
-    for (const Slot& slot : slots_)
-      anything = anything || mapped_pages(slot) > 0 || !slot.retired.empty();
-    const bool quiet = !anything || backend().synchronize_device().ok();
-
-    // Nobody else knows of the slots any more, so the driver works without the lock.
-    struct Gone {
-      const std::vector<Mapping>* mappings;
-      bool guarded;
-      bool done;
-    };
-    std::vector<Gone> all;
-    bool whole = quiet;
-    const auto unmap = [&](std::uint32_t slot, std::uint32_t region, std::size_t first,
-                           std::size_t last, bool guarded, const std::vector<Mapping>& mappings) {
+    Remains remains;
+    remains.reservation = {base_, config_.reserved_bytes};
+    const auto add = [&](std::uint32_t slot, std::uint32_t region, std::size_t first,
+                         std::size_t last, bool guarded, const std::vector<Mapping>& mappings) {
       const std::size_t end = last + (guarded ? config_.guard_pages : 0);
-      const Address address = page_address(slot, region, first);
-      const bool done = quiet && backend().unmap(address, (end - first) * page_bytes_).ok();
-      whole = whole && done;
-      all.push_back({&mappings, guarded, done});
+      Remains::Part& part = remains.parts.emplace_back();
+      part.range = {page_address(slot, region, first), (end - first) * page_bytes_};
+      for (const Mapping& mapping : mappings) part.extents.push_back(mapping.extent);
+      if (guarded) part.extents.insert(part.extents.end(), guard_count(), guard_);
     };
     for (std::uint32_t s = 0; s < slots_.size(); ++s) {
       const Slot& slot = slots_[s];
-      whole = whole && slot.state != SlotState::broken;
+      remains.whole = remains.whole && slot.state != SlotState::broken;
       for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
         const Run& run = slot.runs[r];
-        if (!run.empty()) unmap(s, r, run.front, run.end, run.guarded, run.mappings);
+        if (!run.empty()) add(s, r, run.front, run.end, run.guarded, run.mappings);
       }
       for (const Retired& retired : slot.retired) {
         for (const Cut& cut : retired.cuts) {
-          unmap(s, cut.region, cut.first(), cut.last(), cut.guarded, cut.mappings);
+          add(s, cut.region, cut.first(), cut.last(), cut.guarded, cut.mappings);
         }
       }
     }
-
-    Lock lock = pool_->lock();
-    for (const Gone& gone : all) {
-      for (const Mapping& m : *gone.mappings) pool_->forget(m.extent, gone.done);
-      for (std::size_t i = 0; gone.guarded && i < guard_count(); ++i) {
-        pool_->forget(guard_, gone.done);
+    remains.guard = guard_;
+    {
+      const Lock lock = pool_->lock();
+      for (const Slot& slot : slots_) {
+        for (const Retired& retired : slot.retired) pool_->return_fence(retired.fence);
+        if (slot.fence != 0) pool_->return_fence(slot.fence);
+        if (slot.cleared != 0) pool_->return_fence(slot.cleared);
       }
     }
-    for (Slot& slot : slots_) {
-      for (const Retired& retired : slot.retired) pool_->return_fence(retired.fence);
-      slot.retired.clear();
-      for (Run& run : slot.runs) run = Run{};
-      if (slot.fence != 0) pool_->return_fence(std::exchange(slot.fence, 0));
-      if (slot.cleared != 0) pool_->return_fence(std::exchange(slot.cleared, 0));
-    }
-    if (guard_ != nullptr) {
-      pool_->disown(guard_);
-      guard_ = nullptr;
-    }
-    retired_entries_ = 0;
-    pool_->keep_watermarks(lock);
-    pool_->announce();
-    lock.unlock();
-    if (whole && base_ != 0) (void)backend().unreserve(base_, config_.reserved_bytes);
+    pool_->bury(std::move(remains));
   } catch (...) {
     // Nothing can be reported from a destructor; the memory stays accounted as held.
   }

@@ -1,8 +1,9 @@
 // Releases the GIL for a scope, as pybind11's guard does, but lets the process end.
 //
 // A daemon thread that comes back from a call while the interpreter shuts down may not take the
-// GIL again: CPython ends the thread by unwinding it, which a destructor must not let through, and
-// the process would abort. Such a thread waits here for the process's end instead.
+// GIL again: CPython ends the thread by unwinding it, also one that waits for the GIL already.
+// Where an exception is on its way that would abort the process, and destructors that need the GIL
+// would run without it. Such a thread waits here for the process's end instead.
 #pragma once
 
 #include <Python.h>
@@ -15,9 +16,13 @@ class NoGil {
   NoGil() : at_end_(ending()), state_(PyEval_SaveThread()) {}
   NoGil(const NoGil&) = delete;
   NoGil& operator=(const NoGil&) = delete;
-  ~NoGil() noexcept(false) {
+  ~NoGil() {
     while (!at_end_ && ending()) (void)pause();
-    PyEval_RestoreThread(state_);
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {  // the unwinding: no exception comes from C
+      for (;;) (void)pause();
+    }
   }
 
  private:
