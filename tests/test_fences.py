@@ -37,11 +37,14 @@ class Rig:
         budget_pages: int = 100,
         slack: int = 0,
         timeout_s: float = 0.05,
+        lookahead: int = 0,
+        **pool: Any,
     ) -> None:
         inner = _core.host_backend(4096) if device == "cpu" else _core.cuda_backend(0)
         self.backend = _core.FaultyBackend(inner)
         self.page = self.backend.page_bytes
-        self.pool = va.Pool(budget_pages * self.page, backend=self.backend, background=False)
+        pool = {"background": False, **pool}
+        self.pool = va.Pool(budget_pages * self.page, backend=self.backend, **pool)
         layout = va.KVLayout(  # four tokens a page, in each of two regions
             num_layers=1,
             num_kv_heads=1,
@@ -55,7 +58,7 @@ class Rig:
             max_seq_len=64,
             pool=self.pool,
             tail_slack_tokens=slack,
-            lookahead_tokens=0,
+            lookahead_tokens=lookahead,
             fence_timeout_s=timeout_s,
         )
         self.device = device
@@ -502,3 +505,167 @@ def test_every_stream_that_clears_is_waited_for_by_the_next_that_uses_the_slot()
     assert core.try_step_lengths(lengths)
     core.free(slot, generation, 3)
     assert not waits()
+
+
+# ---- waits ----
+
+
+def test_two_that_wait_for_a_slot_get_one_each() -> None:
+    for _ in range(10):
+        rig = Rig("cpu", slots=2, timeout_s=DEADLINE_S)
+        freed = [rig.kv.allocate(4), rig.kv.allocate(4)]
+        rig.backend.hold_fences()
+        for sequence in freed:
+            sequence.free()
+        waiting = [Call(rig, lambda rig=rig: rig.kv.allocate(4)) for _ in freed]
+        rig.release()
+        assert {call.finish().slot for call in waiting} == {0, 1}
+
+
+def test_who_waits_for_memory_gets_what_the_background_thread_has_collected() -> None:
+    for _ in range(20):
+        rig = Rig("cpu", budget_pages=8, timeout_s=DEADLINE_S, background=True)
+        old = rig.kv.allocate(16)  # all there is
+        rig.backend.hold_fences()
+        old.trim(0)
+        waiting = Call(rig, lambda rig=rig: rig.kv.allocate(16))
+        rig.release()
+        assert waiting.finish().length == 16
+
+
+def test_reclaim_gives_back_what_the_background_thread_has_collected() -> None:
+    for _ in range(20):
+        rig = Rig("cpu", timeout_s=DEADLINE_S, background=True)
+        old = rig.kv.allocate(16)
+        rig.backend.hold_fences()
+        old.trim(0)
+        waiting = Call(rig, rig.pool.reclaim)
+        rig.release()
+        waiting.finish()
+        assert rig.pool.stats().held_bytes == 0
+
+
+def test_reclaim_waits_for_all_allocators_also_when_one_goes_meanwhile() -> None:
+    rig = Rig("cpu", timeout_s=DEADLINE_S)
+    others = [
+        va.KVAllocator(
+            rig.kv.layout,
+            max_sequences=2,
+            max_seq_len=64,
+            pool=rig.pool,
+            fence_timeout_s=DEADLINE_S,
+        )
+        for _ in range(2)
+    ]
+    sequences = [kv.allocate(8) for kv in others]
+    rig.backend.hold_fences()
+    for stream, (kv, sequence) in enumerate(zip(others, sequences, strict=True), start=1):
+        kv._core.free(sequence._slot, sequence._generation, stream)
+    waiting = Call(rig, rig.pool.reclaim)
+    rig.kv.close()
+    rig.kv = None
+    rig.backend.synchronize(1)
+    while rig.pool.stats().held_bytes > 4 * rig.page:  # the first one's goes
+        assert waiting.is_alive()
+    assert waiting.is_alive()
+    rig.backend.synchronize(2)
+    waiting.finish()
+    assert rig.pool.stats().held_bytes == 0
+
+
+@pytest.mark.parametrize("wanted", ["memory", "slot"])
+def test_who_waits_is_woken_by_an_operation_that_fails(wanted: str) -> None:
+    rig = Rig("cpu", slots=4 if wanted == "memory" else 2, budget_pages=10, timeout_s=DEADLINE_S)
+    old = rig.kv.allocate(8)
+    rig.backend.hold_fences()
+    old.free()  # never passes
+    rig.backend.block("create")
+    errors: list[BaseException] = []
+
+    def fail() -> None:
+        try:
+            rig.kv.allocate(12)
+        except va.BackendError as error:
+            errors.append(error)
+
+    failing = threading.Thread(target=fail, daemon=True)
+    failing.start()
+    assert rig.backend.wait_blocked("create")
+    waiting = Call(rig, lambda: rig.kv.allocate(8 if wanted == "memory" else 0))
+    rig.backend.arm("create", 1, "failed")
+    rig.backend.unblock("create")
+    failing.join(DEADLINE_S)
+    assert len(errors) == 1
+    start = time.monotonic()
+    assert waiting.finish().alive
+    assert time.monotonic() - start < 0.5 * DEADLINE_S
+    rig.release()
+
+
+def test_a_wait_ends_in_time_whatever_others_do() -> None:
+    rig = Rig("cpu", timeout_s=0.3)
+    for sequence in [rig.kv.allocate(4) for _ in range(4)][:1]:
+        rig.backend.hold_fences()
+        sequence.free()  # never passes; the other slots are live
+    other = va.KVAllocator(rig.kv.layout, max_sequences=1, max_seq_len=64, pool=rig.pool)
+    waiting = Call(rig, lambda: rig.kv.allocate_batch(2, 4))
+    start = time.monotonic()
+    while waiting.is_alive():
+        other.allocate(0).free()
+        time.sleep(0.005)
+        assert time.monotonic() - start < 5.0
+    with pytest.raises(va.OutOfSlots, match="did not finish with 1 freed ones in time"):
+        waiting.finish()
+
+
+def test_a_tail_that_comes_back_to_a_pool_that_is_not_cleared_is_left_alone() -> None:
+    rig = Rig("cpu", lookahead=8, zero=False, background=True)
+    sequence = rig.kv.allocate(60)
+    rig.fill(sequence, 7.0)
+    rig.backend.hold_fences()  # kernels from before the trim run on
+    sequence.trim(4)
+    before = rig.backend.calls()
+    rig.kv.step({sequence: 40})
+    assert bool((rig.tokens(sequence, 0, 60) == 7.0).all())
+    while rig.kv.stats().ahead_mappings == 0 and rig.kv.stats().ahead_failures == 0:
+        rig.kv.step({sequence: min(64, sequence.length + 1)})  # until the thread has been there
+        if sequence.length == 64:
+            break
+    after = rig.backend.calls()
+    for call in ("zero", "record", "synchronize"):
+        assert after.get(call, 0) == before.get(call, 0)
+    rig.release()
+
+
+def test_what_cannot_be_torn_down_now_goes_when_memory_is_wanted() -> None:
+    for wanted in ("reclaim", "allocate", "end"):
+        rig = Rig("cpu", budget_pages=8)
+        rig.kv.allocate(16)
+        layout = rig.kv.layout
+        rig.backend.arm("synchronize_device")
+        rig.kv.close()
+        rig.kv = None
+        rig.pool.check()
+        assert rig.pool.stats().held_bytes == 8 * rig.page
+        if wanted == "reclaim":
+            assert rig.pool.reclaim() == 8 * rig.page
+            assert rig.pool.stats().held_bytes == 0
+        elif wanted == "allocate":
+            with va.KVAllocator(layout, max_sequences=1, max_seq_len=64, pool=rig.pool) as kv:
+                assert kv.allocate(16).length == 16
+            del kv
+        rig.pool.check()
+        rig.pool = None
+        calls = rig.backend.calls()
+        assert calls["create"] == calls["destroy"]
+        assert calls["reserve"] == calls["unreserve"]
+
+
+def test_an_allocator_whose_sequences_have_ended_goes_without_waiting_for_the_device() -> None:
+    rig = Rig("cpu", slack=8)
+    rig.kv.allocate(8).free()
+    rig.grown(4, 12).trim(0)
+    rig.kv.close()
+    rig.kv = None
+    assert rig.pool.stats().held_bytes == rig.pool.stats().free_bytes
+    assert "synchronize_device" not in rig.backend.calls()

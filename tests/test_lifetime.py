@@ -487,6 +487,28 @@ def test_the_interpreter_ends_while_daemon_threads_are_at_work(device: str, run:
     assert ended_well(run(script, device=device))
 
 
+def test_the_interpreter_ends_while_daemon_threads_get_errors(device: str, run: Run) -> None:
+    script = """
+        kv = make(max_sequences=1)
+        seq = kv.allocate(4)
+        rounds = [0, 0]
+
+        def work(index):
+            while True:
+                try:
+                    kv.allocate(4)
+                except va.OutOfSlots:
+                    rounds[index] += 1
+
+        for index in range(len(rounds)):
+            threading.Thread(target=work, args=(index,), daemon=True).start()
+        while min(rounds) < 100:
+            pass
+    """
+    for _ in range(3):
+        assert ended_well(run(script, device=device))
+
+
 # ---- fork ----
 
 # On the host only: a CUDA context does not survive a fork. `in_child` forks, calls the function

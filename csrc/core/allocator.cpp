@@ -453,12 +453,17 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
   const bool ready = std::all_of(targets.begin(), targets.end(), [&](const Target& target) {
     return target.tokens <= ready_[target.slot];
   });
+  // First, since it may fail.
+  for (const Target& target : targets) follow_clearing(slots_[target.slot], stream);
   if (!ready) {
     ++counters_.waited_steps;
     Patience patience = this->patience();
     grow(lock, targets, stream, true, patience);
+    for (const Target& target : targets) {  // what others have begun to clear meanwhile
+      Slot& slot = slots_[target.slot];
+      if (slot.cleared_on != stream) follow_clearing(slot, stream);
+    }
   }
-  for (const Target& target : targets) follow_clearing(slots_[target.slot], stream);
   if (clearing_slots_ > 0) look_at_clearings();
   bool ahead = false;
   for (const auto& [id, tokens] : lengths) {

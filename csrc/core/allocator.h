@@ -159,9 +159,10 @@ class Allocator {
     bool busy = false;           // a Work in flight touches it
     bool fence_pending = false;  // cached: the fence has not been seen to pass
     Fence fence = 0;
-    // Behind the last clearing that was enqueued on a caller's stream: another stream's fence says
-    // nothing of it.
+    // Behind the last clearing that was enqueued on a caller's stream, and that stream: another
+    // stream's fence says nothing of it.
     Fence cleared = 0;
+    Stream cleared_on = 0;
     bool clearing = false;   // it has been recorded, and not been seen to pass
     bool tail_back = false;  // part of a run is what a trim cut off; `cleared` is behind that too
     std::uint64_t generation = 0;
@@ -263,7 +264,7 @@ class Allocator {
   // The slot's sequence is lost: the driver has left it in an unknown state.
   void give_up(std::uint32_t slot) noexcept;
   Status record_clearings(const Growth& growth, Stream stream) noexcept;
-  void note_clearing(Slot& slot) noexcept;
+  void note_clearing(Slot& slot, Stream stream) noexcept;
   void make_guard();
 
   // Giving up (reclaim.cpp). The plans append to work.unmaps and unmappings alike.
@@ -304,6 +305,7 @@ class Allocator {
   // Adds to *owners how many mappings refer to each extent.
   void check_locked(std::map<const Extent*, std::size_t>* owners) const;
   void audit() const { pool_->audit(); }
+  [[nodiscard]] bool is_quiet(Slot& slot);
   void tear_down() noexcept;
 
   const std::shared_ptr<Pool> pool_;

@@ -185,7 +185,7 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller call
   }
   lock.lock();
   for (const Change& change : growth.changes) {
-    if (clearing) note_clearing(slots_[change.slot]);
+    if (clearing) note_clearing(slots_[change.slot], stream);
   }
   pool_->end_work();
   commit(growth, work, status.ok());
@@ -211,8 +211,9 @@ Status Allocator::record_clearings(const Growth& growth, Stream stream) noexcept
   return status;
 }
 
-void Allocator::note_clearing(Slot& slot) noexcept {
+void Allocator::note_clearing(Slot& slot, Stream stream) noexcept {
   if (!std::exchange(slot.clearing, true)) ++clearing_slots_;
+  slot.cleared_on = stream;
 }
 
 bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
@@ -337,7 +338,7 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
     if (const Status status = backend().record(slot.cleared, stream); !status.ok()) {
       throw_status(backend(), status);
     }
-    note_clearing(slot);
+    note_clearing(slot, stream);
     slot.tail_back = true;
   }
   for (std::size_t i = slot.retired.size(); i-- > 0;) {

@@ -276,8 +276,7 @@ void Pool::detach(Allocator* allocator, Lock& lock) {
 }
 
 void Pool::bury(Remains remains) {
-  const bool anything = remains.guard != nullptr || !remains.parts.empty();
-  if (anything && !backend_->synchronize_device().ok()) {
+  if (!remains.quiet && !backend_->synchronize_device().ok()) {
     const Lock guard = lock();
     unburied_.push_back(std::move(remains));
     return;

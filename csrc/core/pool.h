@@ -43,6 +43,7 @@ struct Remains {
   Extent* guard = nullptr;
   Work::Range reservation{};  // at 0: there is none
   bool whole = true;          // whether nothing else is mapped in it
+  bool quiet = true;          // whether the device is done with all of it
 };
 
 struct PoolConfig {
@@ -129,9 +130,10 @@ class Pool {
   void release(Extent* extent);
   // One owner less that was no mapping.
   void disown(Extent* extent);
-  // Gives back what an allocator leaves; called without the lock. While the device cannot be waited
-  // for, as where a stream of it is being captured, that is kept, and tried again where memory is
-  // wanted. What the driver will not unmap is left to the process.
+  // Gives back what an allocator leaves; called without the lock. Waits for the device unless it is
+  // known to be done. While it cannot be waited for, as where a stream of it is being captured, all
+  // is kept, and tried again where memory is wanted. What the driver will not unmap is left to the
+  // process.
   void bury(Remains remains);
   // Tries again what could not be buried; drops the lock meanwhile. Returns whether any was.
   bool bury_again(Lock& lock);

@@ -167,6 +167,19 @@ std::size_t Allocator::reclaimable_bytes() const {
   return bytes;
 }
 
+// Whether the device is known to be done with all that the slot has: with what a live sequence has
+// it may not be, whatever was enqueued where.
+bool Allocator::is_quiet(Slot& slot) {
+  if (mapped_pages(slot) > 0 && slot.state != SlotState::cached) return false;
+  const auto passed = [&](Fence fence) {
+    bool done = false;
+    return backend().query(fence, &done).ok() && done;
+  };
+  return !is_clearing(slot) && (!slot.fence_pending || passed(slot.fence)) &&
+         std::all_of(slot.retired.begin(), slot.retired.end(),
+                     [&](const Retired& retired) { return passed(retired.fence); });
+}
+
 // The last owner is gone: everything goes back.
 void Allocator::tear_down() noexcept {
   try {
@@ -196,7 +209,8 @@ void Allocator::tear_down() noexcept {
     remains.guard = guard_;
     {
       const Lock lock = pool_->lock();
-      for (const Slot& slot : slots_) {
+      for (Slot& slot : slots_) {
+        remains.quiet = remains.quiet && is_quiet(slot);
         for (const Retired& retired : slot.retired) pool_->return_fence(retired.fence);
         if (slot.fence != 0) pool_->return_fence(slot.fence);
         if (slot.cleared != 0) pool_->return_fence(slot.cleared);
