@@ -4,7 +4,7 @@
 #   make run        generate with the stock cache and with ours, and compare; MODEL=path-or-hub-name
 #                   takes another model than the one in examples/
 #   make test       all tests; those that need a GPU are skipped, and counted, where there is none
-#   make test-transformers  the tests of the transformers integration, with its older versions too
+#   make test-transformers  the tests of the transformers integration, with older versions of it
 #   make test-families  small models of all families of transformers, enabled; minutes
 #   make test-gpu   the tests that need a GPU; fails where there is none
 #   make bench      the benchmarks
