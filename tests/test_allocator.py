@@ -924,6 +924,30 @@ def test_growth_takes_what_a_live_sequence_does_not_need(device: str) -> None:
         kv.check()
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_the_device_is_waited_for_only_where_surplus_may_be_in_use(trimmed: bool) -> None:
+    backend = make_backend("cpu")
+    options = {"lookahead_tokens": unit_tokens(ONE, HOST_PAGE_BYTES)} if trimmed else {}
+    with make(
+        "cpu", ONE, pages=80, max_units=128, max_extent_pages=1, backend=backend, **options
+    ) as kv:
+        u, page = unit(kv), kv.pool.page_bytes
+        large = kv.allocate(64 * u)
+        kv.step({large: 64 * u + 1})  # is given a page more than it needs
+        if trimmed:
+            kv.step({large: 66 * u})
+            kv.step({large: 66 * u + 1})
+            large.trim(66 * u)  # keeps what it may grow by, which kernels may be reading
+        surplus = kv.stats().surplus_bytes
+        assert surplus >= page
+        needed = large.length // u + (large.length % u > 0)
+        other = kv.allocate((80 - needed) * u)
+        assert kv.stats().surplus_bytes < surplus
+        assert other.alive
+        assert ("synchronize_device" in backend.calls()) is trimmed
+        kv.check()
+
+
 # ---- tail slack ----
 
 

@@ -275,8 +275,10 @@ class KVAllocator:
     def close(self) -> None:
         """Ends every sequence and gives the memory back; idempotent.
 
-        Waits for the GPU. Where tensors of :meth:`layer` are still alive, the memory goes back
-        with the last of them, so that they stay safe to read.
+        Where tensors of :meth:`layer` are still alive, the memory goes back with the last of them,
+        so that they stay safe to read. If sequences are live then, or the GPU is not done with
+        freed ones, the device is waited for, as ``torch.cuda.synchronize()`` does: while another
+        thread captures a CUDA graph, free all sequences first, or the capture fails.
         """
         if self._core is not None:
             self._core.close()

@@ -355,6 +355,7 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
     slot.generation = id.generation;
     slot.first_token = 0;
     slot.expected = expected_tokens;
+    slot.trimmed = false;
     lengths_[id.slot] = 0;
     for (Run& run : slot.runs) {
       if (run.empty()) run = Run{};  // it may have ended anywhere
@@ -533,6 +534,7 @@ void Allocator::trim(SequenceId id, std::int64_t tokens, Stream stream) {
                       " were given back by trim_front; free it and allocate a new one");
   }
   const std::int64_t before = std::exchange(lengths_[id.slot], tokens);
+  slot.trimmed = true;
   const auto kept = [&](std::uint32_t r) {
     const std::int64_t margin = tokens == 0 ? 0 : config_.lookahead_tokens;
     return slot.runs[r].first_above(surplus_from(id.slot, r, margin));

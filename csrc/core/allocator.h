@@ -165,6 +165,7 @@ class Allocator {
     Stream cleared_on = 0;
     bool clearing = false;   // it has been recorded, and not been seen to pass
     bool tail_back = false;  // part of a run is what a trim cut off; `cleared` is behind that too
+    bool trimmed = false;    // kernels may read behind the sequence's tokens
     std::uint64_t generation = 0;
     std::uint64_t freed_at = 0;
     std::int64_t first_token = 0;
@@ -273,7 +274,8 @@ class Allocator {
   std::size_t unmap_slot_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot);
   std::size_t plan_eviction(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
   void plan_retired(Work& work, std::vector<Unmapping>& unmappings);
-  std::size_t plan_surplus(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
+  std::size_t plan_surplus(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes,
+                           bool in_use);
   void finish_unmapping(const Unmapping& unmapping);
   void release_guard();  // one behind a run
   // A freed slot that has nothing left is empty.

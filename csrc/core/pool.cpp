@@ -444,15 +444,18 @@ bool Pool::reclaim_some(Lock& lock, std::size_t bytes, Patience* patience) {
     const Use use(*this, *allocator);
     if (allocator->wait_for_a_fence(lock, *patience)) return true;
   }
-  Work work;
-  std::vector<Unmapping> unmappings;
-  std::size_t planned = 0;
-  for (Allocator* allocator : allocators_) {
-    if (planned >= bytes) break;
-    planned += allocator->plan_surplus(work, unmappings, bytes - planned);
+  for (const bool in_use : {false, true}) {
+    Work work;
+    std::vector<Unmapping> unmappings;
+    std::size_t planned = 0;
+    for (Allocator* allocator : allocators_) {
+      if (planned >= bytes) break;
+      planned += allocator->plan_surplus(work, unmappings, bytes - planned, in_use);
+    }
+    require(unmap(lock, work, unmappings, in_use));
+    if (planned > 0) return true;
   }
-  require(unmap(lock, work, unmappings, true));
-  return planned > 0;
+  return false;
 }
 
 std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {

@@ -660,6 +660,28 @@ def test_contents_hold_while_memory_beside_them_is_mapped_and_unmapped(
         kv.check()
 
 
+def test_an_allocator_whose_sequences_have_ended_goes_during_a_capture() -> None:
+    pool = va.Pool("1GiB", "cuda")
+    kv = make(pool=pool)
+    seq = kv.allocate(8 * TOKENS)
+    write(kv, seq, 7)
+    torch.cuda.synchronize()
+    seq.free()
+    del seq
+    count = torch.zeros((), dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        count.add_(1)
+        kv.close()
+        del kv
+        count.add_(1)
+    graph.replay()
+    assert count.item() == 2
+    pool.check()
+    assert pool.reclaim() == 16 * PAGE
+    assert pool.stats().held_bytes == 0
+
+
 # ---- a full device ----
 
 
