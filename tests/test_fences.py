@@ -669,3 +669,110 @@ def test_an_allocator_whose_sequences_have_ended_goes_without_waiting_for_the_de
     rig.kv = None
     assert rig.pool.stats().held_bytes == rig.pool.stats().free_bytes
     assert "synchronize_device" not in rig.backend.calls()
+
+
+def test_a_tail_that_comes_back_uncleared_is_ready() -> None:
+    rig = Rig("cpu", zero=False)
+    sequence = rig.grown(4, 32)
+    rig.backend.hold_fences()
+    sequence.trim(8)
+    rig.kv.step({sequence: 24})
+    rig.kv.check()
+    waited = rig.kv.stats().waited_steps
+    for length in range(25, 33):
+        rig.kv.step({sequence: length})
+    assert rig.kv.stats().waited_steps == waited
+
+
+def test_memory_that_the_driver_will_not_unmap_is_not_tried_without_pause() -> None:
+    rig = Rig("cpu", slots=2, timeout_s=0.3)
+    trimmed = rig.grown(4, 12)
+    rig.kv.allocate(4)
+    rig.backend.hold_fences()
+    trimmed.trim(4)
+    rig.backend.arm("unmap", sticky=True)
+    rig.backend.release_fences()
+    with pytest.raises(va.OutOfSlots):  # no freed slot is waited for
+        rig.kv.allocate(4)
+    before = rig.backend.calls()["unmap"]
+    start = time.monotonic()
+    rig.pool.reclaim()
+    assert time.monotonic() - start < 5
+    # A sleep of 20 us between two tries.
+    assert rig.backend.calls()["unmap"] - before < 0.3 / 20e-6
+
+
+def test_a_wait_goes_on_when_what_it_began_with_is_taken_back() -> None:
+    rig = Rig("cpu", budget_pages=16, timeout_s=DEADLINE_S, zero=False)
+    second, third = (
+        va.KVAllocator(
+            rig.kv.layout,
+            max_sequences=2,
+            max_seq_len=64,
+            pool=rig.pool,
+            lookahead_tokens=0,
+            fence_timeout_s=DEADLINE_S,
+        )
+        for _ in range(2)
+    )
+    trimmed = rig.grown(4, 8)
+    other = third.allocate(4)
+    third.step({other: 12})
+    rig.kv.allocate(12)
+    rig.backend.hold_fences()
+    trimmed.trim(4)
+    other.free()
+    waiting = Call(rig, lambda: second.allocate(8))
+    rig.kv.step({trimmed: 8})
+    time.sleep(0.01)
+    assert waiting.is_alive()
+    rig.backend.release_fences()
+    assert waiting.finish().length == 8
+
+
+def test_memory_is_wanted_where_the_device_is_full_too() -> None:
+    rig = Rig("cpu")
+    rig.kv.allocate(16)
+    layout = rig.kv.layout
+    rig.backend.arm("synchronize_device")
+    rig.kv.close()
+    rig.kv = None
+    with va.KVAllocator(layout, max_sequences=1, max_seq_len=64, pool=rig.pool) as kv:
+        rig.backend.arm("create", 1, "out_of_memory")
+        assert kv.allocate(16).length == 16
+    rig.pool.check()
+
+
+def test_the_device_is_waited_for_where_tensors_were_read_after_close() -> None:
+    for outlive in (False, True):
+        rig = Rig("cpu")
+        tensors = rig.kv.layer(0)
+        rig.grown(4, 12).free()
+        if not outlive:
+            del tensors
+        rig.kv.close()
+        rig.kv = None
+        if outlive:
+            del tensors
+        assert rig.pool.stats().mappings == 0
+        assert ("synchronize_device" in rig.backend.calls()) is outlive
+
+
+def test_threads_run_while_the_last_pool_waits_for_the_device() -> None:
+    rig = Rig("cpu")
+    rig.kv.allocate(16)
+    rig.backend.arm("synchronize_device")
+    rig.kv.close()
+    rig.kv = None
+    rig.backend.block("synchronize_device")
+
+    def let_go() -> None:
+        assert rig.backend.wait_blocked("synchronize_device")
+        rig.backend.unblock("synchronize_device")
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    rig.pool = None
+    thread.join(DEADLINE_S)
+    calls = rig.backend.calls()
+    assert calls["create"] == calls["destroy"]

@@ -276,14 +276,15 @@ class KVAllocator:
         """Ends every sequence and gives the memory back; idempotent.
 
         Where tensors of :meth:`layer` are still alive, the memory goes back with the last of them,
-        so that they stay safe to read. If sequences are live then, or the GPU is not done with
-        freed ones, the device is waited for, as ``torch.cuda.synchronize()`` does: while another
-        thread captures a CUDA graph, free all sequences first, or the capture fails.
+        so that they stay safe to read. Before it goes, the device is waited for, as
+        ``torch.cuda.synchronize()`` does, unless there were neither live sequences nor such
+        tensors and the GPU is done with what was freed. While another thread captures a CUDA
+        graph, see to it that there are none, or the capture fails.
         """
         if self._core is not None:
-            self._core.close()
             self._layers.clear()
             self._attentions.clear()
+            self._core.close()
             self._core = None
 
     def __enter__(self) -> KVAllocator:

@@ -454,18 +454,20 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
   const bool ready = std::all_of(targets.begin(), targets.end(), [&](const Target& target) {
     return target.tokens <= ready_[target.slot];
   });
-  // First, since it may fail.
-  for (const Target& target : targets) follow_clearing(slots_[target.slot], stream);
+  if (clearing_slots_ > 0) {
+    for (Slot& slot : slots_) (void)is_clearing(slot);
+    // Before anything is grown, since it may fail.
+    for (const Target& target : targets) await_clearing(slots_[target.slot], stream);
+  }
   if (!ready) {
     ++counters_.waited_steps;
     Patience patience = this->patience();
     grow(lock, targets, stream, true, patience);
     for (const Target& target : targets) {  // what others have begun to clear meanwhile
       Slot& slot = slots_[target.slot];
-      if (slot.cleared_on != stream) follow_clearing(slot, stream);
+      if (slot.cleared_on != stream) await_clearing(slot, stream);
     }
   }
-  if (clearing_slots_ > 0) look_at_clearings();
   bool ahead = false;
   for (const auto& [id, tokens] : lengths) {
     lengths_[id.slot] = std::max(lengths_[id.slot], tokens);
@@ -485,9 +487,13 @@ void Allocator::collect_retired(Lock& lock) {
   audit();
 }
 
-// Whichever stream it is: one that has the handle of the stream that clears may be another one.
 void Allocator::follow_clearing(Slot& slot, Stream stream) {
-  if (!is_clearing(slot)) return;
+  if (is_clearing(slot)) await_clearing(slot, stream);
+}
+
+// Whichever stream it is: one that has the handle of the stream that clears may be another one.
+void Allocator::await_clearing(const Slot& slot, Stream stream) const {
+  if (!slot.clearing) return;
   if (const Status status = backend().wait(stream, slot.cleared); !status.ok()) {
     throw_status(backend(), status);
   }
@@ -502,10 +508,6 @@ bool Allocator::is_clearing(Slot& slot) {
 void Allocator::note_cleared(Slot& slot) noexcept {
   if (std::exchange(slot.clearing, false)) --clearing_slots_;
   slot.tail_back = false;
-}
-
-void Allocator::look_at_clearings() {
-  for (Slot& slot : slots_) (void)is_clearing(slot);
 }
 
 Fence Allocator::record_fence(Slot& slot, Stream stream) {
@@ -641,7 +643,7 @@ Patience Allocator::patience() const {
 // where no fence is pending, and when it is too late.
 bool Allocator::wait_for_a_fence(Lock& lock, Patience& patience) {
   while (!closed_ && patience.has_seen(pool_->gains())) {
-    if (!any_fence_pending()) return false;
+    if (pool_->late_allocator() == nullptr) return false;
     if (pool_->collect(lock) || pool_->a_fence_passed()) continue;
     require_answers();
     if (patience.is_over()) return false;
@@ -680,6 +682,12 @@ void Allocator::close() {
   std::fill(ready_.begin(), ready_.end(), 0);
   std::fill(soft_.begin(), soft_.end(), kNever);
   trace(1, "close");
+}
+
+void Allocator::note_outlived() noexcept {
+  if (pool_->inherited()) return;
+  const Lock lock = pool_->lock();
+  outlived_ = outlived_ || closed_;
 }
 
 // ---- looking ----

@@ -123,6 +123,8 @@ class Allocator {
   // Ends every sequence; further calls throw. The memory goes back when the last owner of this
   // object, which may be a tensor, is gone.
   void close();
+  // A tensor of its memory goes. After close() it may have been read until now, on any stream.
+  void note_outlived() noexcept;
 
   [[nodiscard]] Address base() const noexcept { return base_; }
   [[nodiscard]] Pool& pool() const noexcept { return *pool_; }
@@ -296,9 +298,9 @@ class Allocator {
   }
   // Orders the stream behind what clears the slot's memory.
   void follow_clearing(Slot& slot, Stream stream);
+  void await_clearing(const Slot& slot, Stream stream) const;
   [[nodiscard]] bool is_clearing(Slot& slot);
   void note_cleared(Slot& slot) noexcept;
-  void look_at_clearings();
   // A fence behind all that was enqueued on the stream, and behind what clears the slot's memory.
   [[nodiscard]] Fence record_fence(Slot& slot, Stream stream);
   void collect_retired(Lock& lock);
@@ -316,6 +318,7 @@ class Allocator {
   const std::uint8_t max_order_;
   Address base_ = 0;
   bool closed_ = false;
+  bool outlived_ = false;  // by a tensor, after close()
   std::size_t users_ = 0;  // those working on this object without the lock
   Extent* guard_ = nullptr;
   std::vector<Slot> slots_;

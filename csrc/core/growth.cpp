@@ -253,7 +253,10 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     for (std::size_t i = 0; i < targets.size(); ++i) {
       const auto [slot, tokens] = targets[i];
       (void)require_live({slot, generations[i]});
-      if (tokens > ready_[slot]) take_back_tails(slots_[slot], stream);
+      if (tokens > ready_[slot]) {
+        take_back_tails(slots_[slot], stream);
+        refresh(slot);
+      }
     }
     Growth growth = plan(targets, driver_was_full ? Generosity::exact : Generosity::rounded);
     if (growth.bytes > pool_->available_bytes()) growth = plan(targets, Generosity::exact);
@@ -262,14 +265,14 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     if (growth.bytes > pool_->available_bytes()) {
       const std::size_t missing = growth.bytes - pool_->available_bytes();
       if (missing > pool_->reclaimable_bytes()) {
-        if (pool_->working() && !patience.is_over()) {  // what others carry now may come back
+        if (pool_->working()) {  // what others carry now may come back
           pool_->wait_for_change(lock);
           continue;
         }
         throw_out_of_pages(growth.bytes, pool_->available_bytes(), "the budget is used up");
       }
       if (!pool_->reclaim_some(lock, missing, &patience)) {
-        if (!pool_->working() || patience.is_over()) {
+        if (!pool_->working()) {
           throw_out_of_pages(growth.bytes, pool_->available_bytes(),
                              "the GPU did not finish with what was freed in time");
         }
@@ -291,6 +294,7 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     if (status.ok()) continue;
     if (status.kind != Status::Kind::out_of_memory) throw_status(backend(), status);
     // The device has less than the budget. Once: what is idle here may help, or asking for less.
+    (void)pool_->bury_again(lock);
     const bool asked_for_more = plan(targets, Generosity::exact).bytes < growth.bytes;
     if (driver_was_full || (pool_->give_back_idle(lock) == 0 && !asked_for_more)) {
       throw_device_full(growth.bytes, status);
@@ -356,6 +360,7 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
     slot.retired.erase(slot.retired.begin() + static_cast<std::ptrdiff_t>(i));
     --retired_entries_;
   }
+  pool_->gain();  // one fence less to wait for
 }
 
 // The mapper's part: grows the sequences that come near the end of what they have. Drops the lock.
@@ -421,7 +426,7 @@ void Allocator::make_guard() {
     if (missing <= pool_->reclaimable_bytes() && pool_->reclaim_some(lock, missing, &patience)) {
       continue;
     }
-    if (!pool_->working() || patience.is_over()) {
+    if (!pool_->working()) {
       throw_out_of_pages(bytes, pool_->available_bytes(), "no room for the guard");
     }
     pool_->wait_for_change(lock);

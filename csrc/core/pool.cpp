@@ -239,7 +239,8 @@ void Pool::settle(const Work& work, bool built) {
     if (built) release(piece.extent);
   }
   counters_.unmaps += work.unmapped;
-  gain();
+  // What could not be unmapped is no news: who waits would try it again at once.
+  if (work.unmapped + work.destroyed > 0 || !work.pieces.empty() || !work.creates.empty()) gain();
 }
 
 bool Pool::has_mappings(std::size_t more) const noexcept {
@@ -275,11 +276,11 @@ void Pool::detach(Allocator* allocator, Lock& lock) {
   std::erase(allocators_, allocator);
 }
 
-void Pool::bury(Remains remains) {
+bool Pool::bury(Remains remains) {
   if (!remains.quiet && !backend_->synchronize_device().ok()) {
     const Lock guard = lock();
     unburied_.push_back(std::move(remains));
-    return;
+    return false;
   }
   std::vector<bool> unmapped;
   unmapped.reserve(remains.parts.size());
@@ -306,19 +307,20 @@ void Pool::bury(Remains remains) {
   if (remains.whole && reservation.address != 0) {
     (void)backend_->unreserve(reservation.address, reservation.bytes);
   }
+  return true;
 }
 
 bool Pool::bury_again(Lock& lock) {
   std::vector<Remains> tried = std::exchange(unburied_, {});
   if (tried.empty()) return false;
-  const std::size_t before = tried.size();
+  bool any = false;
   begin_work();
   lock.unlock();
-  for (Remains& remains : tried) bury(std::move(remains));
+  for (Remains& remains : tried) any = bury(std::move(remains)) || any;
   lock.lock();
   end_work();
   announce();
-  return unburied_.size() < before;
+  return any;
 }
 
 std::size_t Pool::bytes_of(const Remains& remains) const noexcept {
@@ -591,7 +593,7 @@ void Pool::set_budget(std::size_t budget) {
     }
     if (shrink(guard, free_bytes_ > excess ? free_bytes_ - excess : 0) > 0) continue;
     if (reclaim_some(guard, excess, &patience)) continue;
-    if (working_ > 0 && !patience.is_over()) {
+    if (working_ > 0) {
       wait_for_change(guard);
       continue;
     }

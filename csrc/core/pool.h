@@ -133,8 +133,8 @@ class Pool {
   // Gives back what an allocator leaves; called without the lock. Waits for the device unless it is
   // known to be done. While it cannot be waited for, as where a stream of it is being captured, all
   // is kept, and tried again where memory is wanted. What the driver will not unmap is left to the
-  // process.
-  void bury(Remains remains);
+  // process. Returns whether it is buried.
+  bool bury(Remains remains);
   // Tries again what could not be buried; drops the lock meanwhile. Returns whether any was.
   bool bury_again(Lock& lock);
   // As settle() does not know of them: mappings that are gone.
@@ -182,6 +182,7 @@ class Pool {
   // Whether memory is on its way back to the driver by somebody's wish.
   [[nodiscard]] bool is_giving_back() const noexcept { return giving_back_ > 0; }
   [[nodiscard]] bool a_fence_passed();
+  [[nodiscard]] Allocator* late_allocator() const noexcept;
   void wait_for_change(Lock& lock) { changed_.wait(lock); }
 
  private:
@@ -214,7 +215,6 @@ class Pool {
   std::size_t evict(Lock& lock, std::size_t bytes);
   [[nodiscard]] std::size_t bytes_of(const Remains& remains) const noexcept;
   [[nodiscard]] Patience patience() const;
-  [[nodiscard]] Allocator* late_allocator() const noexcept;
   [[nodiscard]] Status unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
                              bool synchronize);
   void check_locked() const;

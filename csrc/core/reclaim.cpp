@@ -208,6 +208,7 @@ void Allocator::tear_down() noexcept {
       }
     }
     remains.guard = guard_;
+    remains.quiet = !outlived_ || remains.parts.empty();
     {
       const Lock lock = pool_->lock();
       for (Slot& slot : slots_) {
@@ -217,7 +218,7 @@ void Allocator::tear_down() noexcept {
         if (slot.cleared != 0) pool_->return_fence(slot.cleared);
       }
     }
-    pool_->bury(std::move(remains));
+    (void)pool_->bury(std::move(remains));
   } catch (...) {
     // Nothing can be reported from a destructor; the memory stays accounted as held.
   }

@@ -51,14 +51,35 @@ class Lengths {
   Py_buffer view_{};
 };
 
+// Ending them may wait for the GPU, so other threads of Python run meanwhile: what the GPU waits
+// for may be one of them. The last owner may be a tensor, which goes with the GIL held, or a thread
+// without it.
+template <typename End>
+void end_without_gil(End end) {
+  std::optional<NoGil> no_gil;
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) no_gil.emplace();
+  end();
+}
+
+void destroy(Allocator* allocator) {
+  end_without_gil([allocator] { std::unique_ptr<Allocator>(allocator).reset(); });
+}
+
+std::shared_ptr<Pool> ended_without_gil(std::shared_ptr<Pool> pool) {
+  Pool* address = pool.get();
+  return {address,
+          [pool = std::move(pool)](Pool*) mutable { end_without_gil([&pool] { pool.reset(); }); }};
+}
+
 void bind_pool(py::module_& module) {
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Pool")
       .def(py::init([](std::shared_ptr<Backend> backend, std::size_t budget_bytes,
                        std::size_t low_bytes, std::size_t high_bytes, std::size_t max_extent_bytes,
                        bool zero, bool background) {
              const NoGil no_gil;
-             return Pool::create(std::move(backend), {budget_bytes, low_bytes, high_bytes,
-                                                      max_extent_bytes, zero, background});
+             return ended_without_gil(Pool::create(
+                 std::move(backend),
+                 {budget_bytes, low_bytes, high_bytes, max_extent_bytes, zero, background}));
            }),
            py::kw_only(), py::arg("backend"), py::arg("budget_bytes"), py::arg("low_bytes"),
            py::arg("high_bytes"), py::arg("max_extent_bytes"), py::arg("zero"),
@@ -112,14 +133,6 @@ py::list mapping_list(const Allocator& allocator) {
                               m.access == Access::read ? "read" : "read_write"));
   }
   return all;
-}
-
-// Waits for the GPU, so other threads of Python run meanwhile: what the GPU waits for may be one of
-// them. The last owner may be a tensor, which goes with the GIL held, or a thread without it.
-void destroy(Allocator* allocator) {
-  std::optional<NoGil> no_gil;
-  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) no_gil.emplace();
-  std::unique_ptr<Allocator>(allocator).reset();
 }
 
 void bind_allocator(py::module_& module) {

@@ -45,6 +45,7 @@ struct Export {
 
 void release_export(DLManagedTensor* managed) {
   const std::unique_ptr<Export> owned(static_cast<Export*>(managed->context));
+  owned->owner->note_outlived();
 }
 
 void drop_unused_capsule(PyObject* capsule) {

@@ -40,6 +40,7 @@ from vattention.integrations.transformers.fuse import (
 from vattention.integrations.transformers.inspection import LayerSpec, reads_positions
 from vattention.integrations.transformers.ragged import RaggedCache
 from vattention.integrations.transformers.stopping import defer_stop_checks
+from vattention.integrations.transformers.streams import StreamOrder
 from vattention.integrations.transformers.versions import CACHE, CACHE_NAMES, cache_parameter
 from vattention.integrations.transformers.views import (
     Override,
@@ -106,6 +107,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.pool = pool
         self.device = pool.device
+        self.order = StreamOrder(self.device)
         self.graphs = graphs and not reads_positions(model)
         self._model = model
         self.number = operator.register(self)
@@ -132,7 +134,6 @@ class Engine:
             setattr(spec.module, operator.HANDLE, operator.handle(self.number, layer))
         self._modules = [spec.module for spec in specs]
         self._lock = threading.RLock()  # held while the model runs
-        self._stream: torch.cuda.Stream | None = None  # of the last call
         self._decoders: dict[tuple[int, int], Decoder] = {}
         if self.device.type == "cuda":
             self.capture_stream = torch.cuda.Stream(self.device)
@@ -250,18 +251,10 @@ class Engine:
     def _run(self, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
         tokens = kwargs["input_ids"]
         with self._lock:
+            self.order.follow()
             self.check_step(cache, tokens, kwargs.get("position_ids"))
-            self.follow_stream()
             decode = cache.is_decode(tokens.shape[1])
             return (self._decode if decode else self._prefill)(cache, tokens, kwargs)
-
-    def follow_stream(self) -> None:
-        """Lets the stream in use wait for the last call's: they write to the same tensors."""
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            if self._stream is not None and self._stream != stream:
-                stream.wait_stream(self._stream)
-            self._stream = stream
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
         others = [name for name, value in kwargs.items() if name not in _KNOWN and _is_given(value)]
@@ -558,6 +551,7 @@ class Engine:
         self._merged = []
         self._decoders.clear()
         operator.set_step(self.number, None)  # one of a compiled call that was cut off
+        self.order.follow()
         for group in self.groups:
             group.kv.close()
         if self.device.type == "cuda":

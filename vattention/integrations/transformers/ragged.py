@@ -30,6 +30,7 @@ from vattention.integrations.transformers.cache import not_copied
 
 if TYPE_CHECKING:
     from vattention.integrations.transformers.engine import Engine
+    from vattention.integrations.transformers.streams import StreamOrder
 
 __all__ = ["RaggedCache"]
 
@@ -60,7 +61,7 @@ class RaggedCache(Cache):
         self.stamp = next(_stamps)
         self._rows: list[list[Sequence]] = [[] for _ in engine.groups]
         self._released: list[int] = [0] * len(engine.groups)
-        self._end = weakref.finalize(self, _free_rows, self._rows)
+        self._end = weakref.finalize(self, _free_rows, self._rows, engine.order)
 
     # ---- what transformers asks ----
 
@@ -149,12 +150,13 @@ class RaggedCache(Cache):
                     f"rows of {self.lengths} tokens cannot lose {remove} each: what their window "
                     f"would reach then, below token {released}, was given back"
                 )
+        self.engine.order.follow()
         self._set(lengths, self.seen - remove)
         self._trim(self._rows)
 
     def reset(self) -> None:
         """Ends every row; what they held stays mapped for those that come next."""
-        _free_rows(self._rows)
+        _free_rows(self._rows, self.engine.order)
         self._released = [0] * len(self._rows)
         self._set([], 0)
 
@@ -196,7 +198,7 @@ class RaggedCache(Cache):
                         expected = min(count + growth, self.engine.max_seq_len)
                         rows.append(group.kv.allocate(count, expected_tokens=expected))
             except BaseException:
-                _free_rows(made)
+                _free_rows(made, self.engine.order)
                 raise
             for own, rows in zip(self._rows, made, strict=True):
                 own.extend(rows)
@@ -266,8 +268,10 @@ class RaggedCache(Cache):
         return f"RaggedCache(rows={len(self.lengths)}, lengths={self.lengths})"
 
 
-def _free_rows(rows_of_groups: list[list[Sequence]]) -> None:
+def _free_rows(rows_of_groups: list[list[Sequence]], order: StreamOrder) -> None:
     """Frees and forgets; also when the cache is collected, perhaps after its allocators closed."""
+    if any(rows_of_groups):
+        order.follow()  # wherever it is collected
     for rows in rows_of_groups:
         while rows:
             with contextlib.suppress(Closed, StaleSequence):
