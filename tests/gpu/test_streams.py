@@ -385,6 +385,7 @@ def test_a_step_with_nothing_to_map_calls_nothing_and_waits_for_nothing(
         sequences = [kv.allocate(100) for _ in range(3)]
         lengths = array.array("q", [100] * 3)
         torch.cuda.synchronize()
+        kv.step(lengths)  # sees that what was allocated has been cleared
         busy = []
         for stream in (apart, torch.cuda.default_stream()):
             with torch.cuda.stream(stream):
