@@ -162,6 +162,8 @@ def _count_calls(context: Context) -> dict[str, Any]:
     backend = _core.FaultyBackend(backend_for(context))
     tokens, first = 64, 16
     kv, sequences = _fully_mapped(context, tokens, first, backend)
+    context.synchronize()
+    kv.step(dict.fromkeys(sequences, first))  # sees that what was allocated has been cleared
     before = backend.calls()
     assert before["map"] > 0 and before["set_access"] > 0
     steps = 0
