@@ -182,7 +182,7 @@ def _draw_bandwidth(axis: Axes, report: Report) -> None:
     low, high = axis.get_xlim()
     axis.set_xlim(min(low, 0.9), max(high, 1.05))
     axis.set_yticks(range(len(names)), [textwrap.fill(name, 30) for name in names], fontsize=8)
-    axis.set_ylim(len(names) - 0.5, -2)  # room for the legend
+    axis.set_ylim(len(names) - 0.5, -0.5 - 0.17 * len(names))  # room for the legend
     axis.tick_params(axis="y", length=0)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
     axis.grid(axis="x")

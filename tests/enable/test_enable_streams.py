@@ -1,0 +1,71 @@
+"""In which order calls on several streams run: with streams that only note what they wait for."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from enabled_models import build, enabled, prompts, start  # noqa: E402
+
+from vattention.integrations.transformers.streams import StreamOrder  # noqa: E402
+
+
+class FakeStream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waited: list[str] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other.name)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch):
+    """Makes a stream the one in use."""
+
+    def use(stream: FakeStream) -> None:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    return use
+
+
+def test_a_stream_waits_for_the_last_one_and_for_no_other(use):
+    first, second = FakeStream("first"), FakeStream("second")
+    order = StreamOrder(torch.device("cuda:0"))
+    for stream in (first, first, second, second, first):
+        use(stream)
+        order.follow()
+    assert (first.waited, second.waited) == (["second"], ["first"])
+
+
+def test_on_a_cpu_there_are_no_streams(monkeypatch):
+    def fail(device):
+        raise AssertionError("there are none")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", fail)
+    StreamOrder(torch.device("cpu")).follow()
+
+
+@pytest.mark.parametrize("end", ["call", "crop", "reset", "collected", "disabled"])
+def test_what_gives_memory_up_follows_the_last_call(use, monkeypatch, end):
+    model = build("llama", "cpu")
+    first, second = FakeStream("first"), FakeStream("second")
+    with torch.no_grad(), enabled(model) as engine:
+        cache, token = start(model, engine, prompts([9, 4], "cpu"))
+        # The order of a GPU, over memory of a CPU.
+        monkeypatch.setattr(engine.order, "_device", torch.device("cuda:0"))
+        use(first)
+        model(input_ids=token, past_key_values=cache)
+        use(second)
+        if end == "call":
+            model(input_ids=token, past_key_values=cache)
+        elif end == "crop":
+            cache.crop(-1)
+        elif end == "reset":
+            cache.reset()
+        elif end == "collected":
+            del cache
+    assert second.waited == ["first"]
+    assert first.waited == []
