@@ -948,6 +948,25 @@ def test_the_device_is_waited_for_only_where_surplus_may_be_in_use(trimmed: bool
         kv.check()
 
 
+def test_surplus_is_taken_before_a_late_fence_is_waited_for() -> None:
+    backend = make_backend("cpu")
+    options = {"max_extent_pages": 1, "backend": backend, "fence_timeout_s": 60.0}
+    with make("cpu", ONE, pages=80, max_units=128, **options) as kv:
+        u = unit(kv)
+        large, freed = kv.allocate(64 * u), kv.allocate(10 * u)
+        kv.step({large: 64 * u + 1})
+        backend.hold_fences()
+        freed.free()
+        surplus = kv.stats().surplus_bytes
+        assert surplus > 0
+        start = time.monotonic()
+        kv.allocate((80 - 65 - 10) * u)
+        assert time.monotonic() - start < 30
+        assert kv.stats().surplus_bytes < surplus
+        assert kv.stats().retired_bytes > 0
+        backend.release_fences()
+
+
 # ---- tail slack ----
 
 

@@ -61,8 +61,9 @@ NOTHING = {"reservations": 0, "extents": 0, "fences": 0}
 # ---- tensors ----
 
 
+@pytest.mark.parametrize("freed", [False, True])
 @pytest.mark.parametrize("end", ["close", "del"])
-def test_tensors_stay_readable_after_their_allocator(device: str, end: str) -> None:
+def test_tensors_stay_readable_after_their_allocator(device: str, end: str, freed: bool) -> None:
     backend = make_backend(device)
     kv = make(device, backend)
     pool = kv.pool
@@ -72,6 +73,8 @@ def test_tensors_stay_readable_after_their_allocator(device: str, end: str) -> N
     k[seq.slot, :TOKENS] = 3
     v[seq.slot, :TOKENS] = 4
     held = pool.stats().held_bytes
+    if freed:
+        seq.free()
     if end == "close":
         kv.close()
     del kv, seq

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -286,6 +287,12 @@ class KVAllocator:
             self._attentions.clear()
             self._core.close()
             self._core = None
+
+    def __del__(self) -> None:
+        """Closes it: tensors that outlive it stay safe to read."""
+        if getattr(self, "_core", None) is not None:
+            with contextlib.suppress(Closed):  # of a process that has forked
+                self.close()
 
     def __enter__(self) -> KVAllocator:
         """Itself."""

@@ -441,23 +441,24 @@ Patience Pool::patience() const {
 bool Pool::reclaim_some(Lock& lock, std::size_t bytes, Patience* patience) {
   if (collect(lock) || evict(lock, bytes) > 0) return true;
   if (patience == nullptr) return false;
-  if (bury_again(lock)) return true;
+  if (take_surplus(lock, bytes, false) > 0 || bury_again(lock)) return true;
   if (Allocator* allocator = late_allocator(); allocator != nullptr) {
     const Use use(*this, *allocator);
     if (allocator->wait_for_a_fence(lock, *patience)) return true;
   }
-  for (const bool in_use : {false, true}) {
-    Work work;
-    std::vector<Unmapping> unmappings;
-    std::size_t planned = 0;
-    for (Allocator* allocator : allocators_) {
-      if (planned >= bytes) break;
-      planned += allocator->plan_surplus(work, unmappings, bytes - planned, in_use);
-    }
-    require(unmap(lock, work, unmappings, in_use));
-    if (planned > 0) return true;
+  return take_surplus(lock, bytes, true) > 0;
+}
+
+std::size_t Pool::take_surplus(Lock& lock, std::size_t bytes, bool in_use) {
+  Work work;
+  std::vector<Unmapping> unmappings;
+  std::size_t planned = 0;
+  for (Allocator* allocator : allocators_) {
+    if (planned >= bytes) break;
+    planned += allocator->plan_surplus(work, unmappings, bytes - planned, in_use);
   }
-  return false;
+  require(unmap(lock, work, unmappings, in_use));
+  return planned;
 }
 
 std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {

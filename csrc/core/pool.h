@@ -214,6 +214,8 @@ class Pool {
   [[nodiscard]] bool waits_for_fences() const noexcept;
   std::size_t evict(Lock& lock, std::size_t bytes);
   [[nodiscard]] std::size_t bytes_of(const Remains& remains) const noexcept;
+  // What live sequences do not need now; that of it which may be in use waits for the device.
+  std::size_t take_surplus(Lock& lock, std::size_t bytes, bool in_use);
   [[nodiscard]] Patience patience() const;
   [[nodiscard]] Status unmap(Lock& lock, Work& work, const std::vector<Unmapping>& unmappings,
                              bool synchronize);

@@ -76,8 +76,8 @@ bool Allocator::has_retired_tail(const Slot& slot) noexcept {
 
 // Whole extents that live sequences do not need now, but, until its fence has passed, for those
 // that a retired tail touches: growth may want to put that back behind them. Where they may still
-// be cleared, or be what a trim has left to running kernels, they are in use, and the device has to
-// be synchronized before they are unmapped.
+// be cleared, or be what a trim has left to running kernels, they are in use: the device has to be
+// synchronized before they are unmapped.
 std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappings,
                                     std::size_t bytes, bool in_use) {
   if (closed_) return 0;
@@ -85,7 +85,7 @@ std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappin
   for (std::uint32_t i = 0; i < slots_.size() && planned < bytes; ++i) {
     Slot& slot = slots_[i];
     if (slot.state != SlotState::live || slot.busy || has_retired_tail(slot)) continue;
-    if ((slot.trimmed || is_clearing(slot)) != in_use) continue;
+    if (!in_use && (slot.trimmed || is_clearing(slot))) continue;
     for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
       const Run& run = slot.runs[r];
       const std::size_t first = run.first_above(surplus_from(i, r, 0));

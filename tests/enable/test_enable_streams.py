@@ -27,17 +27,37 @@ def use(monkeypatch: pytest.MonkeyPatch):
 
     def use(stream: FakeStream) -> None:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     return use
 
 
-def test_a_stream_waits_for_the_last_one_and_for_no_other(use):
+def test_a_call_waits_for_the_last_one_and_for_no_other(use):
     first, second = FakeStream("first"), FakeStream("second")
     order = StreamOrder(torch.device("cuda:0"))
     for stream in (first, first, second, second, first):
         use(stream)
-        order.follow()
+        order.lead()
     assert (first.waited, second.waited) == (["second"], ["first"])
+
+
+def test_who_gives_up_memory_waits_but_is_not_waited_for(use, monkeypatch):
+    first, second = FakeStream("first"), FakeStream("second")
+    order = StreamOrder(torch.device("cuda:0"))
+    use(second)
+    order.follow()  # there has been no call
+    use(first)
+    order.lead()
+    use(second)
+    order.follow()  # beside the call, which goes on
+    assert second.waited == ["first"]
+    order.lead()
+    assert second.waited == ["first", "first"]
+    assert first.waited == []
+    use(first)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    order.follow()
+    assert first.waited == []
 
 
 def test_on_a_cpu_there_are_no_streams(monkeypatch):
@@ -45,7 +65,9 @@ def test_on_a_cpu_there_are_no_streams(monkeypatch):
         raise AssertionError("there are none")
 
     monkeypatch.setattr(torch.cuda, "current_stream", fail)
-    StreamOrder(torch.device("cpu")).follow()
+    order = StreamOrder(torch.device("cpu"))
+    order.lead()
+    order.follow()
 
 
 @pytest.mark.parametrize("end", ["call", "crop", "reset", "collected", "disabled"])
@@ -67,5 +89,7 @@ def test_what_gives_memory_up_follows_the_last_call(use, monkeypatch, end):
             cache.reset()
         elif end == "collected":
             del cache
-    assert second.waited == ["first"]
+        if end != "disabled":
+            assert second.waited == ["first"]
+    assert second.waited[0] == "first"
     assert first.waited == []

@@ -11,8 +11,10 @@ stamp `_stamp`, as long as they were when that cache's last step ended.
 
 from __future__ import annotations
 
+import gc
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,18 @@ if TYPE_CHECKING:
 __all__ = ["Decoder"]
 
 _WARMUPS = 2
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 _capturing = threading.Lock()  # what capturing changes for a while, all models share
 
@@ -69,7 +83,11 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate meanwhile.
             mode = "thread_local"
-            with torch.cuda.graph(graph, engine.graph_pool, side, capture_error_mode=mode):
+            # What a collector ends here would have to be waited for.
+            with (
+                _no_collection(),
+                torch.cuda.graph(graph, engine.graph_pool, side, capture_error_mode=mode),
+            ):
                 self._output = self._run(engine)
         current.wait_stream(side)
         self._graph = graph

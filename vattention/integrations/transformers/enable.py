@@ -38,8 +38,9 @@ def enable(
     cache that the caller passes) runs as it did before. So does a call of more rows than
     `max_batch_size` or more tokens than `max_seq_len`, with a warning.
 
-    The model may be called from several threads, each with caches of its own: calls run one after
-    another. (Not so what `torch.compile` made of all of it.)
+    The model may be called from several threads, each with caches of its own, and on several
+    streams, which must live on: calls run one after another. (Not so, on several threads, what
+    `torch.compile` made of all of it.)
 
     Padding counts for nothing. (A token that comes alone, in a decode step, is none, whatever its
     mask says: looking would wait for the device.) transformers counts it in two places, where

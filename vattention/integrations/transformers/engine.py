@@ -251,7 +251,7 @@ class Engine:
     def _run(self, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
         tokens = kwargs["input_ids"]
         with self._lock:
-            self.order.follow()
+            self.order.lead()
             self.check_step(cache, tokens, kwargs.get("position_ids"))
             decode = cache.is_decode(tokens.shape[1])
             return (self._decode if decode else self._prefill)(cache, tokens, kwargs)
@@ -551,7 +551,7 @@ class Engine:
         self._merged = []
         self._decoders.clear()
         operator.set_step(self.number, None)  # one of a compiled call that was cut off
-        self.order.follow()
+        self.order.lead()
         for group in self.groups:
             group.kv.close()
         if self.device.type == "cuda":

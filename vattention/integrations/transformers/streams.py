@@ -6,8 +6,6 @@ before memory is given up, wherever that is done: by a call on another stream, o
 
 from __future__ import annotations
 
-import threading
-
 import torch
 
 __all__ = ["StreamOrder"]
@@ -19,14 +17,23 @@ class StreamOrder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last: torch.cuda.Stream | None = None
-        self._lock = threading.RLock()  # a collector may call it wherever it comes
 
-    def follow(self) -> None:
-        """Lets the stream in use wait for what the one before it was given until now."""
-        if self._device.type != "cuda":
-            return
-        with self._lock:
+    def lead(self) -> None:
+        """Begins a call: the stream in use waits for the last call's, and is the last one now.
+
+        Calls are made one after another; that is for the caller to see to.
+        """
+        if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
             if self._last is not None and self._last != stream:
                 stream.wait_stream(self._last)
             self._last = stream
+
+    def follow(self) -> None:
+        """Before memory is given up outside of a call, perhaps beside one on another thread."""
+        last = self._last
+        if last is None or torch.cuda.is_current_stream_capturing():
+            return  # which nothing may be waited for in; giving up is refused there, too
+        stream = torch.cuda.current_stream(self._device)
+        if stream != last:
+            stream.wait_stream(last)

@@ -139,7 +139,7 @@ def _begin(
     """
     engine, rows_of = _owners(cache, order)
     rows, width = tokens.shape
-    engine.order.follow()
+    engine.order.lead()
     engine.check_step(rows_of, tokens, positions)
     if not rows_of.is_decode(width) and engine.look_at_weights():
         raise ConfigError("the model's weights were replaced since it was compiled: call it again")
