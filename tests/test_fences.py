@@ -45,7 +45,7 @@ class Rig:
         self.page = self.backend.page_bytes
         pool = {"background": False, **pool}
         self.pool = va.Pool(budget_pages * self.page, backend=self.backend, **pool)
-        layout = va.KVLayout(  # four tokens a page, in each of two regions
+        self.layout = va.KVLayout(  # four tokens a page, in each of two regions
             num_layers=1,
             num_kv_heads=1,
             head_dim=self.page // TOKENS_PER_PAGE // 4,
@@ -53,7 +53,7 @@ class Rig:
             order="layer",
         )
         self.kv = va.KVAllocator(
-            layout,
+            self.layout,
             max_sequences=slots,
             max_seq_len=64,
             pool=self.pool,
@@ -62,6 +62,11 @@ class Rig:
             fence_timeout_s=timeout_s,
         )
         self.device = device
+
+    def another(self, slots: int = 1, **options: Any) -> va.KVAllocator:
+        """One more allocator on the same pool."""
+        settings = {"max_sequences": slots, "max_seq_len": 64, "pool": self.pool}
+        return va.KVAllocator(self.layout, **(settings | options))
 
     def grown(self, *lengths: int) -> va.Sequence:
         """A sequence that has reached its length in steps: an extent or more for each."""
@@ -419,14 +424,8 @@ def test_tail_and_run_stay_together_when_surplus_is_taken_while_the_tail_is_reti
     device: str,
 ) -> None:
     rig = Rig(device, budget_pages=20)
-    longer = va.KVAllocator(
-        rig.kv.layout,
-        max_sequences=1,
-        max_seq_len=64,
-        pool=rig.pool,
-        lookahead_tokens=8,  # which is what a trim leaves mapped
-        fence_timeout_s=0.05,
-    )
+    # What a trim leaves mapped is 8 tokens.
+    longer = rig.another(lookahead_tokens=8, fence_timeout_s=0.05)
     sequence = longer.allocate(4)
     for tokens in (8, 12, 28):
         longer.step({sequence: tokens})
@@ -547,16 +546,7 @@ def test_reclaim_gives_back_what_the_background_thread_has_collected() -> None:
 
 def test_reclaim_waits_for_all_allocators_also_when_one_goes_meanwhile() -> None:
     rig = Rig("cpu", timeout_s=DEADLINE_S)
-    others = [
-        va.KVAllocator(
-            rig.kv.layout,
-            max_sequences=2,
-            max_seq_len=64,
-            pool=rig.pool,
-            fence_timeout_s=DEADLINE_S,
-        )
-        for _ in range(2)
-    ]
+    others = [rig.another(2, fence_timeout_s=DEADLINE_S) for _ in range(2)]
     sequences = [kv.allocate(8) for kv in others]
     rig.backend.hold_fences()
     for stream, (kv, sequence) in enumerate(zip(others, sequences, strict=True), start=1):
@@ -607,7 +597,7 @@ def test_a_wait_ends_in_time_whatever_others_do() -> None:
     for sequence in [rig.kv.allocate(4) for _ in range(4)][:1]:
         rig.backend.hold_fences()
         sequence.free()  # never passes; the other slots are live
-    other = va.KVAllocator(rig.kv.layout, max_sequences=1, max_seq_len=64, pool=rig.pool)
+    other = rig.another()
     waiting = Call(rig, lambda: rig.kv.allocate_batch(2, 4))
     start = time.monotonic()
     while waiting.is_alive():
@@ -641,7 +631,6 @@ def test_what_cannot_be_torn_down_now_goes_when_memory_is_wanted() -> None:
     for wanted in ("reclaim", "allocate", "end"):
         rig = Rig("cpu", budget_pages=8)
         rig.kv.allocate(16)
-        layout = rig.kv.layout
         rig.backend.arm("synchronize_device")
         rig.kv.close()
         rig.kv = None
@@ -651,7 +640,7 @@ def test_what_cannot_be_torn_down_now_goes_when_memory_is_wanted() -> None:
             assert rig.pool.reclaim() == 8 * rig.page
             assert rig.pool.stats().held_bytes == 0
         elif wanted == "allocate":
-            with va.KVAllocator(layout, max_sequences=1, max_seq_len=64, pool=rig.pool) as kv:
+            with rig.another() as kv:
                 assert kv.allocate(16).length == 16
             del kv
         rig.pool.check()
@@ -705,15 +694,7 @@ def test_memory_that_the_driver_will_not_unmap_is_not_tried_without_pause() -> N
 def test_a_wait_goes_on_when_what_it_began_with_is_taken_back() -> None:
     rig = Rig("cpu", budget_pages=16, timeout_s=DEADLINE_S, zero=False)
     second, third = (
-        va.KVAllocator(
-            rig.kv.layout,
-            max_sequences=2,
-            max_seq_len=64,
-            pool=rig.pool,
-            lookahead_tokens=0,
-            fence_timeout_s=DEADLINE_S,
-        )
-        for _ in range(2)
+        rig.another(2, lookahead_tokens=0, fence_timeout_s=DEADLINE_S) for _ in range(2)
     )
     trimmed = rig.grown(4, 8)
     other = third.allocate(4)
@@ -733,11 +714,10 @@ def test_a_wait_goes_on_when_what_it_began_with_is_taken_back() -> None:
 def test_memory_is_wanted_where_the_device_is_full_too() -> None:
     rig = Rig("cpu")
     rig.kv.allocate(16)
-    layout = rig.kv.layout
     rig.backend.arm("synchronize_device")
     rig.kv.close()
     rig.kv = None
-    with va.KVAllocator(layout, max_sequences=1, max_seq_len=64, pool=rig.pool) as kv:
+    with rig.another() as kv:
         rig.backend.arm("create", 1, "out_of_memory")
         assert kv.allocate(16).length == 16
     rig.pool.check()

@@ -194,8 +194,7 @@ std::size_t Allocator::surplus_from(std::uint32_t slot, std::uint32_t region,
 bool Allocator::quiescent(Slot& slot) {
   if (!slot.retired.empty()) return false;
   if (!slot.fence_pending) return true;
-  bool passed = false;
-  if (!backend().query(slot.fence, &passed).ok() || !passed) return false;
+  if (!pool_->has_passed(slot.fence)) return false;
   slot.fence_pending = false;
   note_cleared(slot);  // what the fence was put behind has passed with it
   pool_->return_fence(std::exchange(slot.fence, 0));
@@ -500,8 +499,7 @@ void Allocator::await_clearing(const Slot& slot, Stream stream) const {
 }
 
 bool Allocator::is_clearing(Slot& slot) {
-  bool passed = false;
-  if (slot.clearing && backend().query(slot.cleared, &passed).ok() && passed) note_cleared(slot);
+  if (slot.clearing && pool_->has_passed(slot.cleared)) note_cleared(slot);
   return slot.clearing;
 }
 
@@ -712,8 +710,7 @@ AllocatorStats Allocator::stats() const {
         }
       }
     } else if (slot.state == SlotState::cached) {
-      bool passed = !slot.fence_pending;
-      if (!passed && !backend().query(slot.fence, &passed).ok()) passed = false;
+      const bool passed = !slot.fence_pending || pool_->has_passed(slot.fence);
       (passed ? stats.cached_bytes : stats.retired_bytes) += mapped;
     }
     if (slot.state == SlotState::empty || slot.state == SlotState::cached) ++stats.free_slots;

@@ -184,8 +184,8 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller call
     clearing = false;
   }
   lock.lock();
-  for (const Change& change : growth.changes) {
-    if (clearing) note_clearing(slots_[change.slot], stream);
+  if (clearing) {
+    for (const Change& change : growth.changes) note_clearing(slots_[change.slot], stream);
   }
   pool_->end_work();
   commit(growth, work, status.ok());
@@ -200,15 +200,13 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller call
 
 // Without the lock; the slots are busy.
 Status Allocator::record_clearings(const Growth& growth, Stream stream) noexcept {
-  Status status;
   Fence last = 0;
   for (const Change& change : growth.changes) {
     const Fence fence = slots_[change.slot].cleared;
-    if (std::exchange(last, fence) != fence && status.ok()) {
-      status = backend().record(fence, stream);
-    }
+    if (std::exchange(last, fence) == fence) continue;
+    if (const Status status = backend().record(fence, stream); !status.ok()) return status;
   }
-  return status;
+  return {};
 }
 
 void Allocator::note_clearing(Slot& slot, Stream stream) noexcept {

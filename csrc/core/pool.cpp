@@ -264,6 +264,11 @@ Fence Pool::borrow_fence() {
 
 void Pool::return_fence(Fence fence) noexcept { spare_fences_.push_back(fence); }
 
+bool Pool::has_passed(Fence fence) const noexcept {
+  bool passed = false;
+  return backend_->query(fence, &passed).ok() && passed;
+}
+
 // ---- allocators ----
 
 void Pool::attach(Allocator* allocator) {

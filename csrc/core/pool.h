@@ -168,6 +168,8 @@ class Pool {
 
   [[nodiscard]] Fence borrow_fence();  // throws BackendFailure
   void return_fence(Fence fence) noexcept;
+  // Of which the driver cannot say so, it has not.
+  [[nodiscard]] bool has_passed(Fence fence) const noexcept;
 
   void attach(Allocator* allocator);
   void detach(Allocator* allocator, Lock& lock);

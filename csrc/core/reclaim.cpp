@@ -57,8 +57,7 @@ void Allocator::plan_retired(Work& work, std::vector<Unmapping>& unmappings) {
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     if (slots_[i].busy) continue;
     for (const Retired& retired : slots_[i].retired) {
-      bool passed = false;
-      if (!backend().query(retired.fence, &passed).ok() || !passed) break;
+      if (!pool_->has_passed(retired.fence)) break;
       for (const Cut& cut : retired.cuts) {
         const std::size_t end = cut.last() + (cut.guarded ? config_.guard_pages : 0);
         work.unmaps.push_back(
@@ -172,13 +171,9 @@ std::size_t Allocator::reclaimable_bytes() const {
 // it may not be, whatever was enqueued where.
 bool Allocator::is_quiet(Slot& slot) {
   if (mapped_pages(slot) > 0 && slot.state != SlotState::cached) return false;
-  const auto passed = [&](Fence fence) {
-    bool done = false;
-    return backend().query(fence, &done).ok() && done;
-  };
-  return !is_clearing(slot) && (!slot.fence_pending || passed(slot.fence)) &&
+  return !is_clearing(slot) && (!slot.fence_pending || pool_->has_passed(slot.fence)) &&
          std::all_of(slot.retired.begin(), slot.retired.end(),
-                     [&](const Retired& retired) { return passed(retired.fence); });
+                     [&](const Retired& retired) { return pool_->has_passed(retired.fence); });
 }
 
 // The last owner is gone: everything goes back.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,6 +11,7 @@ pytest.importorskip("transformers")
 
 from enabled_models import build, enabled, prompts, start  # noqa: E402
 
+from vattention.integrations.transformers import streams  # noqa: E402
 from vattention.integrations.transformers.streams import StreamOrder  # noqa: E402
 
 
@@ -24,6 +27,7 @@ class FakeStream:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch):
     """Makes a stream the one in use."""
+    monkeypatch.setattr(streams, "on", lambda device: nullcontext())
 
     def use(stream: FakeStream) -> None:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from vattention.attention.device import on
+
 __all__ = ["StreamOrder"]
 
 
@@ -32,8 +34,11 @@ class StreamOrder:
     def follow(self) -> None:
         """Before memory is given up outside of a call, perhaps beside one on another thread."""
         last = self._last
-        if last is None or torch.cuda.is_current_stream_capturing():
-            return  # which nothing may be waited for in; giving up is refused there, too
-        stream = torch.cuda.current_stream(self._device)
-        if stream != last:
-            stream.wait_stream(last)
+        if last is None:
+            return
+        with on(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                return  # which nothing may be waited for in; giving up is refused there, too
+            stream = torch.cuda.current_stream(self._device)
+            if stream != last:
+                stream.wait_stream(last)
