@@ -1,4 +1,4 @@
-"""Test options and fixtures: where GPU tests run, and which seed random tests use."""
+"""Test options and fixtures: where GPU tests run, streams, and which seed random tests use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import functools
 import os
 import random
 import unittest.mock
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 NO_DEVICE = "no CUDA device"
 DEFAULT_SEED = 1
@@ -84,6 +89,56 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = request.config.stash[_SEED]
     print(f"seed {value}: repeat with --seed={value}")
     return value
+
+
+@pytest.fixture(scope="session")
+def spin() -> Callable[[float], None]:
+    """Keeps the current stream busy for that many milliseconds, without using memory."""
+    import torch
+
+    torch.cuda._sleep(300_000_000)  # until the clocks are up
+    torch.cuda.synchronize()
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    cycles = 50_000_000
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    cycles_per_ms = cycles / start.elapsed_time(end)
+    return lambda ms: torch.cuda._sleep(int(cycles_per_ms * ms))
+
+
+@pytest.fixture(scope="session")
+def apart(spin: Callable[[float], None]) -> torch.cuda.Stream:
+    """A stream that does not wait for the default one, nor that for it.
+
+    Streams share the few queues of the device, and those that share one may.
+    """
+    import torch
+
+    tick = torch.zeros(1, device="cuda")
+    tick.add_(1)
+
+    def waits(one: torch.cuda.Stream, busy: torch.cuda.Stream) -> bool:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(busy):
+            spin(30)
+            tick.add_(1)
+            busy_done = torch.cuda.Event()
+            busy_done.record()
+        with torch.cuda.stream(one):
+            spin(0)
+        one.synchronize()
+        return busy_done.query()
+
+    default = torch.cuda.default_stream()
+    for _ in range(32):
+        stream = torch.cuda.Stream()
+        if not waits(default, stream) and not waits(stream, default):
+            torch.cuda.synchronize()
+            return stream
+    pytest.fail("no stream runs apart from the default one")
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""In which order calls on several streams run: with streams that only note what they wait for."""
+"""In which order calls on several streams run, and what gives memory up beside them.
+
+Without a GPU: with streams that only note what they wait for.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from enabled_models import build, enabled, prompts, start  # noqa: E402
+from enabled_models import GPU, build, decode, enabled, exact_pool, prompts, start  # noqa: E402
 
 from vattention.integrations.transformers import streams  # noqa: E402
 from vattention.integrations.transformers.streams import StreamOrder  # noqa: E402
@@ -97,3 +100,32 @@ def test_what_gives_memory_up_follows_the_last_call(use, monkeypatch, end):
             assert second.waited == ["first"]
     assert second.waited[0] == "first"
     assert first.waited == []
+
+
+@GPU
+@pytest.mark.parametrize("end", ["call", "crop", "reset", "collected"])
+def test_what_gives_memory_up_waits_for_a_call_that_runs(apart, spin, end):
+    model = build("llama", "cuda")
+    with torch.no_grad(), enabled(model, pool=exact_pool("cuda")) as engine:
+        cache, token = start(model, engine, prompts([9, 4], "cuda"))
+        decode(model, cache, token, 2)  # everything is loaded and captured
+        torch.cuda.synchronize()
+        running, given_up = torch.cuda.Event(), torch.cuda.Event()
+        with torch.cuda.stream(apart):
+            spin(300)
+            model(input_ids=token, past_key_values=cache)
+            running.record()
+        if end == "call":
+            model(input_ids=token, past_key_values=cache)
+        elif end == "crop":
+            cache.crop(-1)
+        elif end == "reset":
+            cache.reset()
+        elif end == "collected":
+            del cache
+        assert not running.query()  # the host has not waited
+        given_up.record()
+        given_up.synchronize()
+        assert running.query()
+        if end in ("reset", "collected"):
+            assert engine.release() > 0

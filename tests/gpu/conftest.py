@@ -28,22 +28,6 @@ def _leave_the_gpu_idle() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def spin() -> Callable[[float], None]:
-    """Keeps the current stream busy for that many milliseconds, without using memory."""
-    torch.cuda._sleep(300_000_000)  # until the clocks are up
-    torch.cuda.synchronize()
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
-    cycles = 50_000_000
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    torch.cuda.synchronize()
-    cycles_per_ms = cycles / start.elapsed_time(end)
-    return lambda ms: torch.cuda._sleep(int(cycles_per_ms * ms))
-
-
-@pytest.fixture(scope="session")
 def until() -> Callable[..., None]:
     """Waits for a condition, and fails where it does not come true."""
 

@@ -108,35 +108,6 @@ def _kernels_are_loaded() -> None:
     torch.cuda.synchronize()
 
 
-@pytest.fixture(scope="module")
-def apart(spin: Spin) -> torch.cuda.Stream:
-    """A stream that does not wait for the default one, nor that for it.
-
-    Streams share the few queues of the device, and those that share one may.
-    """
-    tick = torch.zeros(1, device="cuda")
-    tick.add_(1)
-
-    def waits(one: torch.cuda.Stream, busy: torch.cuda.Stream) -> bool:
-        torch.cuda.synchronize()
-        with torch.cuda.stream(busy):
-            spin(30)
-            tick.add_(1)
-            busy_done = recorded()
-        with torch.cuda.stream(one):
-            spin(0)
-            recorded().synchronize()
-        return busy_done.query()
-
-    default = torch.cuda.default_stream()
-    for _ in range(32):
-        stream = torch.cuda.Stream()
-        if not waits(default, stream) and not waits(stream, default):
-            torch.cuda.synchronize()
-            return stream
-    pytest.fail("no stream runs apart from the default one")
-
-
 @pytest.fixture(params=["the default stream", "another stream"])
 def reading(request: pytest.FixtureRequest, apart: torch.cuda.Stream) -> torch.cuda.Stream:
     """Where the old owner's kernels run, and where it gives its memory up."""
