@@ -137,7 +137,7 @@ def _fa3(of: Queries, pages: Pages, asked: tuple[int, int] = NO_PLAN) -> tuple[s
     splits, margin = asked
     missing = FlashAttention3Vllm.missing()
     if missing:
-        raise Absent(f"it needs {missing}")
+        raise Absent(missing)
     operators = torch.ops._vllm_fa3_C
     device = of.q.device
     k = pages.layers[0][0]

@@ -9,7 +9,9 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -221,7 +223,6 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": torch.tensor([0.5, -3.0, 2.0, 0.0])},
     "scale": {"scale": 0.7},
-    "scale-0": {"scale": 0.0},
     "all": {"window": 6, "softcap": 2.0, "sinks": torch.tensor([1.0, 0.0, -1.0, 3.0]), "scale": 1},
 }
 
@@ -732,6 +733,38 @@ def test_a_batch_without_rows_is_refused(kv: va.KVAllocator) -> None:
             call()
 
 
+def test_a_batch_of_padding_alone_does_not_advance(kv: va.KVAllocator) -> None:
+    batch = Batch(kv, 2, graph=True)
+    batch.fill_rows([0, 1], [0, 0])
+    batch.advance()
+    batch.note_advance()
+    assert (batch.host_lengths, batch.max_length, batch.lengths.tolist()) == ([0, 0], 0, [0, 0])
+
+
+def test_a_batch_is_filled_whatever_the_default_device_is(kv: va.KVAllocator) -> None:
+    batch, first, second = Batch(kv, 2, 4), kv.allocate(9), kv.allocate(4)
+    q = torch.ones(4, 4, 16)
+    with torch.device("meta"):
+        batch.fill({first: 3, second: 1})
+        attend(q, kv, 0, batch)
+    assert batch.lengths.tolist() == [9, 4]
+    assert batch.query_rows.tolist() == [0, 0, 0, 1]
+
+
+def test_what_was_derived_ends_where_a_capture_begins_or_ends(kv, monkeypatch) -> None:
+    batch = Batch(kv, 1)
+    batch.fill({kv.allocate(5): 1})
+    # A batch of a GPU, over memory of a CPU.
+    monkeypatch.setattr(batch, "kv", types.SimpleNamespace(device=torch.device("cuda:0")))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    made, seen = itertools.count(), []
+    for capturing in (False, False, True, True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        batch.notice_capture()
+        seen.append((batch.derived("a", lambda: next(made)), batch.is_captured))
+    assert seen == [(0, False), (0, False), (1, True), (1, True), (2, False)]
+
+
 def test_a_row_does_not_advance_beyond_max_seq_len(kv: va.KVAllocator) -> None:
     batch = Batch(kv, 2)
     batch.fill_rows([0, 1], [4, kv.max_seq_len - 1])
@@ -822,6 +855,11 @@ ROWS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "queries-no-number": ({"queries": [1.5, 1.5]}, "queries must be whole numbers"),
     "queries-text": ({"queries": ["1", "1"]}, "queries must be whole numbers"),
     "length-huge": ({"lengths": [2**40, 5]}, "lengths must be whole numbers"),
+    "slot-bool": ({"slots": [True, 0]}, "slots must be whole numbers.*: a bool is none"),
+    "slots-elsewhere": (
+        {"slots": torch.zeros(2, dtype=torch.int32, device="meta")},
+        "slots must be whole numbers",
+    ),
 }
 
 
@@ -882,6 +920,10 @@ ATTEND_REFUSES: dict[str, tuple[dict[str, Any], str]] = {
     "softcap-none": ({"softcap": None}, "softcap must be"),
     "scale-nan": ({"scale": math.nan}, "scale must be"),
     "scale-text": ({"scale": "x"}, "scale must be"),
+    "scale-bool": ({"scale": True}, "scale must be"),
+    "scale-huge": ({"scale": 10**400}, "scale must be"),
+    "scale-0": ({"scale": 0.0}, "scale must be above 0"),
+    "scale-negative": ({"scale": -0.1}, "scale must be above 0"),
     "softcap-list": ({"softcap": [1.0]}, "softcap must be"),
     "causal": ({"causal": "x"}, "causal must be"),
     "backend-list": ({"backend": ["torch"]}, "backend must be"),
@@ -968,11 +1010,11 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
     monkeypatch.delenv(flash_attn_3.LIBRARY, raising=False)
     flash_attn_3._is_loaded.cache_clear()
     wanted = {
-        "fa2": "package flash_attn",
-        "flashinfer": "package flashinfer-python",
-        "fa3": "package flash_attn_3",
-        "fa3_fwd": "package fa3-fwd",
-        "fa3_vllm": "package vllm, or VATTENTION_FA3 naming",
+        "fa2": "package flash_attn is not installed",
+        "flashinfer": "package flashinfer-python is not installed",
+        "fa3": "package flash_attn_3 .*hopper.* is not installed",
+        "fa3_fwd": "package fa3-fwd is not installed",
+        "fa3_vllm": "package vllm, or of the file that VATTENTION_FA3 names.* is not installed",
     }
     batch = Batch.of({kv.allocate(4): 1})
     for name, message in wanted.items():
@@ -985,11 +1027,11 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
             lambda name=name: attend(torch.ones(1, 4, 16), kv, 0, batch, backend=name),
             lambda name=name: Attention(kv, Options(num_heads=4), name),
         ):
-            with pytest.raises(va.BackendUnavailable, match=f"backend '{name}' needs .*{message}"):
+            with pytest.raises(va.BackendUnavailable, match=f"backend '{name}': .*{message}"):
                 call()
         reasons = backends(kv, Options(num_heads=4))
         assert len(reasons[name]) == 1 and reasons[name][0].endswith("is not installed")
-        assert message in reasons[name][0]
+        assert re.search(message, reasons[name][0])
     # What is not installed does not keep the others from running.
     assert attend(torch.ones(1, 4, 16), kv, 0, batch).shape == (1, 4, 16)
     flash_attn_3._is_loaded.cache_clear()
@@ -1092,7 +1134,7 @@ def test_a_library_that_is_another_is_missing(monkeypatch) -> None:
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     flash_attn_3._is_loaded.cache_clear()
     try:
-        assert "VATTENTION_FA3 naming" in (BACKENDS["fa3_vllm"].missing() or "")
+        assert "VATTENTION_FA3 names" in (BACKENDS["fa3_vllm"].missing() or "")
     finally:
         flash_attn_3._is_loaded.cache_clear()
 
@@ -1173,6 +1215,27 @@ UNMET: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
         {},
         "offsets up to 8,191 elements in a sequence, here are 8,192: lower max_seq_len, or choose",
     ),
+    "max-slot-bytes": (
+        {"max_slot_bytes": 256 * 128},
+        {"order": "layer"},
+        {},
+        {},
+        "less than 32,768 bytes apart, here they are 32,768: lower max_seq_len, or choose",
+    ),
+    "heads-with-sinks": (
+        {"sinks": True, "max_heads_with_sinks": 2},
+        {},
+        {"sinks": True},
+        {},
+        "with sinks it takes up to 2 query heads, not 4",
+    ),
+    "v-heads-with-sinks": (
+        {"sinks": True, "equal_heads_with_sinks": True, "v_head_dims": ANY_V},
+        {"v_head_dim": 8},
+        {"sinks": True},
+        {},
+        "with sinks V must have heads of 16 as K has, not 8",
+    ),
     "alignment": ({"alignment_bytes": 256}, {"order": "layer"}, {}, {}, "multiples of 256 bytes"),
     "alignment-of-heads": ({"alignment_bytes": 16}, {"head_dim": 18}, {}, {}, "of 16 bytes"),
 }
@@ -1209,6 +1272,15 @@ MET: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, A
     "whole-rows-large": ({"whole_rows": True}, ROWS_OF_400, {}, {"max_seq_len": 400}),
     "max-tokens": ({"max_tokens": 8 * 256 + 1}, {"order": "layer"}, {}, {}),
     "max-elements": ({"max_elements": 256 * 32}, {"order": "layer"}, {}, {}),
+    "max-slot-bytes": ({"max_slot_bytes": 256 * 128 + 1}, {"order": "layer"}, {}, {}),
+    "heads-with-sinks": ({"sinks": True, "max_heads_with_sinks": 4}, {}, {"sinks": True}, {}),
+    "heads-without-sinks": ({"sinks": True, "max_heads_with_sinks": 2}, {}, {}, {}),
+    "v-heads-without-sinks": (
+        {"sinks": True, "equal_heads_with_sinks": True, "v_head_dims": ANY_V},
+        {"v_head_dim": 8},
+        {},
+        {},
+    ),
     "alignment": ({"alignment_bytes": 128}, {"order": "layer", "head_dim": 32}, {}, {}),
 }
 
@@ -1224,14 +1296,23 @@ def test_needs_that_are_met(
 
 
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "fits"),
-    [(64, 512, True), (64, 520, False), (128, 64, False), (192, 128, True), (192, 96, False)],
+    ("k_dim", "v_dim", "fits", "fits_8bit"),
+    [
+        (64, 512, True, False),
+        (64, 80, True, False),
+        (48, 64, True, True),
+        (64, 520, False, False),
+        (128, 64, False, False),
+        (192, 128, True, True),
+        (192, 96, False, False),
+    ],
 )
-def test_flash_attention_3_is_told_which_heads_of_v_it_has(k_dim, v_dim, fits) -> None:
+def test_flash_attention_3_is_told_which_heads_of_v_it_has(k_dim, v_dim, fits, fits_8bit) -> None:
     needs = dataclasses.replace(BACKENDS["fa3"].needs, device="cpu")
-    layout = make_layout(head_dim=k_dim, v_head_dim=v_dim, dtype=torch.bfloat16)
-    with make(layout) as kv:
-        assert (needs.unmet_by(kv, OPTIONS) == []) is fits
+    for dtype, expected in ((torch.bfloat16, fits), (torch.float8_e4m3fn, fits_8bit)):
+        layout = make_layout(head_dim=k_dim, v_head_dim=v_dim, dtype=dtype)
+        with make(layout) as kv:
+            assert (needs.unmet_by(kv, OPTIONS) == []) is expected
 
 
 def test_all_unmet_needs_are_told_at_once() -> None:
@@ -1316,6 +1397,9 @@ def test_slack_for_what_is_installed(fakes) -> None:
     assert front_slack_tokens() == 7
     with pytest.raises(va.ConfigError, match="backend must be"):
         tail_slack_tokens(backend="none")
+    for no_device in ("meta", "mps", "gpu", 3.5):
+        with pytest.raises(va.ConfigError, match="device must be 'cuda'"):
+            front_slack_tokens(no_device)
     for no_dtype in ("cpu", "float16", None):
         with pytest.raises(va.ConfigError, match="dtype must be a torch.dtype"):
             tail_slack_tokens(no_dtype)
@@ -1350,6 +1434,19 @@ def test_even_rows_are_told_from_ragged_ones(kv: va.KVAllocator) -> None:
     batch = Batch.of({first: 2, second: 2})
     batch.host_lengths = None
     assert not flash_attn_3._are_even(batch, 9)
+
+
+def test_a_package_that_cannot_be_imported_is_told(monkeypatch, tmp_path) -> None:
+    """Whatever it raises: built for another torch, say, or for other kernels than are there."""
+    for name in ("flashinfer", "flash_attn"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('unfit')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "flashinfer-python cannot be imported: RuntimeError: unfit" in (
+        BACKENDS["flashinfer"].missing() or ""
+    )
+    assert "flash_attn cannot be imported: RuntimeError: unfit" in (BACKENDS["fa2"].missing() or "")
 
 
 # ---- which backend a batch gets ----
@@ -1439,11 +1536,11 @@ def test_a_batch_that_no_backend_fits_is_refused_with_reasons(kv: va.KVAllocator
     captured.fill_rows(batch.host_slots, [9, 8])
     with pytest.raises(va.ConfigError) as refused:
         attention.backend_for(captured)
-    assert "'tiles': it loads up to 256 tokens behind a length" in str(refused.value)
-    assert "'plans': it plans for the lengths at hand" in str(refused.value)
+    assert "tiles: it loads up to 256 tokens behind a length" in str(refused.value)
+    assert "plans: it plans for the lengths at hand" in str(refused.value)
     batch.host_lengths = None
     batch.touch()
-    with pytest.raises(va.ConfigError, match="'plans': it plans on the host"):
+    with pytest.raises(va.ConfigError, match="plans: it plans on the host"):
         attention.backend_for(batch)
     with pytest.raises(va.ConfigError, match="make the KVAllocator with tail_slack_tokens=256"):
         attend(torch.ones(2, 4, 16), kv, 0, batch, backend="tiles")
@@ -1565,10 +1662,15 @@ def test_the_table_that_is_shipped_names_backends_and_shapes() -> None:
             assert all(us > 0 for us in shape["us"].values())
 
 
-def test_options_and_scales_are_values() -> None:
+def test_options_are_values() -> None:
     assert Options(num_heads=4) == Options(num_heads=4, causal=True, window=None)
     assert hash(Options(num_heads=4)) == hash(Options(num_heads=4))
-    assert Scales() == Scales(q=None, k=None, v=None)
+    options = Options(
+        num_heads=np.int64(4), window=np.uint64(8), softcap=np.float32(2), scale=np.int32(1)
+    )
+    kept = (options.num_heads, options.window, options.softcap, options.scale)
+    assert kept == (4, 8, 2.0, 1.0)
+    assert [type(value) for value in kept] == [int, int, float, float]
     for given, message in (
         ({"num_heads": 0}, "num_heads must be"),
         ({"num_heads": 4, "window": 2**31}, "window must be"),

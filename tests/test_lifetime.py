@@ -58,6 +58,25 @@ def left(backend: _core.FaultyBackend) -> dict[str, int]:
 NOTHING = {"reservations": 0, "extents": 0, "fences": 0}
 
 
+def test_another_thread_may_close_it_meanwhile() -> None:
+    kv = make("cpu")
+    kv.allocate(3)
+
+    class Meanwhile(dict):
+        """What `close` empties first."""
+
+        def clear(self) -> None:
+            super().clear()
+            kv._layers = {}
+            thread = threading.Thread(target=kv.close)
+            thread.start()
+            thread.join()
+
+    kv._layers = Meanwhile()
+    kv.close()
+    assert kv.closed
+
+
 # ---- tensors ----
 
 

@@ -282,10 +282,11 @@ class KVAllocator:
         tensors and the GPU is done with what was freed. While another thread captures a CUDA
         graph, see to it that there are none, or the capture fails.
         """
-        if self._core is not None:
+        core = self._core
+        if core is not None:
             self._layers.clear()
             self._attentions.clear()
-            self._core.close()
+            core.close()
             self._core = None
 
     def __del__(self) -> None:

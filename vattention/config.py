@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import operator
 import re
 from fractions import Fraction
@@ -68,13 +69,16 @@ def check_int(value: object, *, name: str, minimum: int, maximum: int = MAX_BYTE
 
 
 def check_number(value: object, *, name: str, minimum: float = -math.inf) -> float:
-    """Return `value` if it is a finite number of at least `minimum`.
+    """Return `value`, as Python's own, if it is a finite number of at least `minimum`.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is none; a bool is none.
     """
-    if isinstance(value, (int, float)) and math.isfinite(value) and value >= minimum:
-        return value
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError):  # an int that no float can be
+            number = float(value)
+            if math.isfinite(number) and number >= minimum:
+                return number
     limit = "" if minimum == -math.inf else f" of at least {minimum:g}"
     raise ConfigError(f"{name} must be a finite number{limit}; got {_shown(value)}")
 

@@ -748,12 +748,8 @@ def all_groups() -> dict[str, dict[str, Callable[[], None]]]:
 def why_not(name: str) -> str | None:
     """Why a backend cannot be used on this machine at all."""
     backend = BACKENDS[name]
-    try:
-        missing = backend.missing()
-    except Exception as error:  # it is there, and cannot be loaded
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if missing:
-        return f"it needs {missing}"
+    if missing := backend.missing():
+        return " ".join(missing.split())
     # Any layout will do.
     layout = make_layout(backend.needs.dtypes[0])
     with va.KVAllocator(layout, max_sequences=1, max_seq_len=1, pool=make_pool()) as kv:

@@ -2,8 +2,9 @@
 
 One kernel writes both, and rotates queries and K by their positions first (RoPE) if it is told to.
 It takes slots and positions from the batch, on the device, so that a CUDA graph of it writes to
-wherever the sequences are when it is replayed. Where there is no Triton, torch does the
-same: on a GPU it waits there, and cannot be captured.
+wherever the sequences are when it is replayed. Where there is no Triton, or it
+does not know a kind of 8-bit floats, torch does the same: on a GPU it waits there, and cannot be
+captured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from vattention.attention.batch import Batch
 from vattention.attention.device import on
 from vattention.attention.tensors import is_tensor, shown
+from vattention.config import check_bool
 from vattention.errors import ConfigError
 
 try:
@@ -25,7 +27,7 @@ except ImportError:  # there is no Triton
 __all__ = ["Rope", "append"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # tensors have no one answer to ==
 class Rope:
     """Rotary position embedding: the first ``2 * half`` elements of a head are turned in pairs.
 
@@ -53,6 +55,7 @@ class Rope:
                 raise ConfigError("cos and sin must be contiguous float32 [positions, half]")
         if self.cos.shape != self.sin.shape or self.cos.device != self.sin.device:
             raise ConfigError("cos and sin must have one shape, on one device")
+        check_bool(self.interleaved, name="interleaved")
 
 
 def append(
@@ -92,11 +95,16 @@ def append(
         raise ConfigError("q is given to be turned: pass rope too")
     if rope is not None:
         _check_rope(rope, q, batch, keys)
-    if kv.device.type == "cuda" and append_triton is not None:
+    if kv.device.type == "cuda" and _triton_fits(k, v, keys, keys if q is None else q):
         with on(kv.device):
             return append_triton.append(k, v, keys, values, batch, rope, q)
     with torch.no_grad():
         return _append(k, v, keys, values, batch, rope, q)
+
+
+def _triton_fits(*tensors: torch.Tensor) -> bool:
+    knows = getattr(append_triton, "knows", None)
+    return knows is not None and all(knows(tensor.dtype, tensor.device) for tensor in tensors)
 
 
 def _append(

@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from vattention.attention.append import Rope
     from vattention.attention.batch import Batch
 
-__all__ = ["append"]
+__all__ = ["append", "knows"]
+
+# From which compute capability on; other 8-bit floats Triton has nowhere.
+_CAPABILITIES_8BIT = {torch.float8_e5m2: (8, 0), torch.float8_e4m3fn: (8, 9)}
+
+
+def knows(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton can convert to and from it there."""
+    if dtype.itemsize > 1:
+        return True
+    first = _CAPABILITIES_8BIT.get(dtype)
+    return first is not None and torch.cuda.get_device_capability(device) >= first
 
 
 @triton.jit
@@ -32,7 +43,7 @@ def _move(
     BLOCK_HALF: tl.constexpr,
 ):
     """All heads of one token; the first 2 * HALF elements of each turned by cos and sin."""
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    head = tl.arange(0, BLOCK_HEADS)[:, None].to(tl.int64)  # heads may be whole prompts apart
     if HALF > 0:
         i = tl.arange(0, BLOCK_HALF)[None, :]
         one = (i < HALF) & (head < HEADS)

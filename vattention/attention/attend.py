@@ -9,6 +9,7 @@ Engines make one themselves: then everything that can be checked is checked befo
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping
 
@@ -21,6 +22,7 @@ from vattention.attention.choice import BACKENDS, backend_class, fastest
 from vattention.attention.device import on
 from vattention.attention.needs import Options
 from vattention.attention.tensors import is_tensor, shown
+from vattention.config import MAX_BYTES
 from vattention.errors import BackendUnavailable, ConfigError
 from vattention.sequence import Sequence
 
@@ -37,7 +39,7 @@ def backends(kv: KVAllocator, options: Options) -> dict[str, list[str]]:
     """
     _check_kinds(kv, options)
     return {
-        name: [f"{missing} is not installed"] if missing else backend.needs.unmet_by(kv, options)
+        name: [missing] if missing else backend.needs.unmet_by(kv, options)
         for name, backend in BACKENDS.items()
         for missing in (_missing_for(backend, kv),)
     }
@@ -48,6 +50,10 @@ def _check_kinds(kv: object, options: object) -> None:
         raise ConfigError(f"kv must be a KVAllocator; got {type(kv).__name__}")
     if not isinstance(options, Options):
         raise ConfigError(f"options must be Options; got {type(options).__name__}")
+
+
+def _listed(reasons: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
 
 
 def _missing_for(backend: type[Backend], kv: KVAllocator) -> str | None:
@@ -76,13 +82,12 @@ class Attention:
             reasons = backends(kv, options)
             names = [name for name, why in reasons.items() if not why]
             if not names:
-                shown = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
-                raise ConfigError(f"no attention backend can run here: {shown}")
+                raise ConfigError(f"no attention backend can run here: {_listed(reasons)}")
         else:
             found = backend_class(backend)
             missing = _missing_for(found, kv)
             if missing:
-                raise BackendUnavailable(f"the attention backend {backend!r} needs {missing}")
+                raise BackendUnavailable(f"the attention backend {backend!r}: {missing}")
             why = found.needs.unmet_by(kv, options)
             if why:
                 raise ConfigError(f"the attention backend {backend!r}: {'; '.join(why)}")
@@ -95,6 +100,15 @@ class Attention:
         self._max_seq_len = kv.max_seq_len
         self._device = kv.device
         self._made = {name: BACKENDS[name](kv, options) for name in names}
+        self._query_elements = options.num_heads * kv.layout.head_dim
+        self._max_query_elements = min(
+            (
+                backend.needs.max_query_elements
+                for backend in self._made.values()
+                if backend.needs.max_query_elements is not None
+            ),
+            default=MAX_BYTES,
+        )
         self._chosen: dict[tuple[object, ...], Backend] = {}
 
     def __call__(
@@ -111,7 +125,11 @@ class Attention:
         if scales is not None:
             self._check_scales(scales, batch)
         with on(self._device):
+            batch.notice_capture()
             backend = self.backend_for(batch)
+            alignment = backend.needs.alignment_bytes
+            if (q.data_ptr() | q.stride(0) * q.itemsize | q.stride(1) * q.itemsize) % alignment:
+                q = q.clone(memory_format=torch.contiguous_format)
             k, v = batch.kv.layer(layer)
             if batch.max_length < self._max_seq_len:
                 stop = max(batch.max_length, 1)
@@ -126,11 +144,8 @@ class Attention:
     @property
     def is_bound_by_capacity(self) -> bool:
         """Whether a graph of it is slow where its `max_length` is far above the lengths."""
-        return all(
-            backend.needs.splits_by_capacity
-            for backend in self._made.values()
-            if backend.needs.graph_safe
-        )
+        needs = [backend.needs for backend in self._made.values() if backend.needs.graph_safe]
+        return bool(needs) and all(each.splits_by_capacity for each in needs)
 
     def backend_for(self, batch: Batch) -> Backend:
         """What computes that batch.
@@ -145,12 +160,11 @@ class Attention:
             ConfigError: tails are not fit for it, or it cannot be captured; the message says what
                 to do.
         """
-        graph = batch.is_captured
-        backend: Backend = batch.derived((self, graph), lambda: self._find(batch, graph))
+        backend: Backend = batch.derived(self, lambda: self._find(batch))
         return backend
 
-    def _find(self, batch: Batch, graph: bool) -> Backend:
-        lengths = batch.host_lengths
+    def _find(self, batch: Batch) -> Backend:
+        lengths, graph = batch.host_lengths, batch.is_captured
         exact = not graph and _is_exact(batch)
         key = (
             batch.is_decode,
@@ -159,6 +173,7 @@ class Attention:
             exact,
             graph,
             lengths is None,
+            batch.num_queries * self._query_elements >= self._max_query_elements,
         )
         backend = self._chosen.get(key)
         if backend is None:
@@ -171,8 +186,7 @@ class Attention:
         }
         fit = [name for name, why in reasons.items() if not why]
         if not fit:
-            shown = "; ".join(f"{name!r}: {', '.join(why)}" for name, why in reasons.items())
-            raise ConfigError(f"no attention backend can compute this batch: {shown}")
+            raise ConfigError(f"no attention backend can compute this batch: {_listed(reasons)}")
         if graph:
             even = [name for name in fit if not self._made[name].needs.splits_by_capacity]
             fit = even or fit
@@ -186,8 +200,9 @@ class Attention:
             )
         ]
 
-    @staticmethod
-    def _unmet_by_batch(backend: Backend, batch: Batch, exact: bool, graph: bool) -> list[str]:
+    def _unmet_by_batch(
+        self, backend: Backend, batch: Batch, exact: bool, graph: bool
+    ) -> list[str]:
         needs = backend.needs
         reasons = needs.slack_unmet_by(batch.kv, exact)
         if graph and not needs.graph_safe:
@@ -196,6 +211,11 @@ class Attention:
             )
         if batch.host_lengths is None and needs.host_lengths:
             reasons.append("it plans on the host, which does not know this batch's lengths")
+        most, elements = needs.max_query_elements, batch.num_queries * self._query_elements
+        if most is not None and elements >= most:
+            reasons.append(
+                f"it finds queries up to {most:,} elements, here are {elements:,}: split the batch"
+            )
         return reasons
 
     def _check(self, q: torch.Tensor, batch: Batch, sinks: torch.Tensor | None) -> None:
@@ -257,6 +277,26 @@ def _is_exact(batch: Batch) -> bool:
     return lengths is not None and all(length in (0, batch.max_length) for length in lengths)
 
 
+@functools.lru_cache(maxsize=256, typed=True)
+def _options(
+    num_heads: int,
+    causal: bool,
+    window: int | None,
+    softcap: float,
+    sinks: bool,
+    scale: float | None,
+) -> Options:
+    """Checked once: True is not 1 here."""
+    return Options(
+        num_heads=num_heads,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+    )
+
+
 def attend(
     q: torch.Tensor,
     kv: KVAllocator,
@@ -305,28 +345,13 @@ def attend(
         raise ConfigError("the batch has sequences of another allocator")
     if not is_tensor(q) or q.dim() != 3:
         raise ConfigError(f"q must be [num_queries, num_heads, head_dim]; got {shown(q)}")
-    key = (
-        backend,
-        q.shape[1],
-        causal,
-        window,
-        softcap,
-        sinks is None,
-        scale,
-    )
+    given = (q.shape[1], causal, window, softcap, sinks is not None, scale)
     try:
-        attention = kv._attentions.get(key)
-    except TypeError:  # one of them is no number: Options says which
-        attention = None
+        options = _options(*given)
+        attention = kv._attentions.get((backend, options))
+    except TypeError:  # one of them has no hash: it is told which
+        options, attention = _options.__wrapped__(*given), None
     if attention is None:
-        options = Options(
-            num_heads=key[1],
-            causal=causal,
-            window=window,
-            softcap=softcap,
-            sinks=sinks is not None,
-            scale=scale,
-        )
-        attention = kv._attentions[key] = Attention(kv, options, backend)
+        attention = kv._attentions[backend, options] = Attention(kv, options, backend)
     result: torch.Tensor = attention(q, layer, batch, sinks=sinks, scales=scales)
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,10 +14,26 @@ from vattention.allocator import KVAllocator
 from vattention.attention.batch import Batch
 from vattention.attention.needs import Needs, Options
 
-__all__ = ["Backend", "Scales"]
+__all__ = ["Backend", "Scales", "why_not_imported"]
 
 
-@dataclass(frozen=True, kw_only=True)
+def why_not_imported(module: str, package: str) -> str | None:
+    """Why a module cannot be imported, for `Backend.missing`; None: it has been.
+
+    Args:
+        module: its full name.
+        package: what to call it, as it is installed.
+    """
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"the package {package} is not installed"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # built for another torch, say: they raise what they like
+        return f"the package {package} cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # tensors have no one answer to ==
 class Scales:
     """What 8-bit floats stand for: factors on queries, K and V, float32 ``[rows, kv_heads]``."""
 
@@ -57,7 +75,7 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def missing(cls) -> str | None:
-        """What has to be installed before it can be used; None: nothing."""
+        """Why what it calls cannot be used: it is not installed, or not fit; None: it can."""
 
     @property
     def version(self) -> str:

@@ -84,6 +84,7 @@ class Batch:
                 3 * rows + 1 + self.capacity, dtype=torch.int32, device=kv.device
             )
         self._derived: dict[object, Any] = {}
+        self._in_capture = False
         self.num_rows = 0
         self.num_queries = 0
         self.max_queries = 0
@@ -193,13 +194,13 @@ class Batch:
             )
         starts = [0, *itertools.accumulate(counts)]
         rows, most = len(slots), max(counts)
-        head = torch.tensor([*slots, *lengths, *starts], dtype=torch.int32)
+        head = torch.tensor([*slots, *lengths, *starts], dtype=torch.int32, device="cpu")
+        if self.kv.device.type == "cuda":
+            head = head.pin_memory()
         self.num_rows, self.num_queries = rows, total
         self.max_queries, self.max_length = most, longest
         self.host_slots, self.host_lengths, self.host_queries = slots, lengths, counts
         self._cut()
-        if self.kv.device.type == "cuda":
-            head = head.pin_memory()
         self._all[: 3 * rows + 1].copy_(head, non_blocking=True)
         if most == 1:
             torch.arange(total, dtype=torch.int32, device=self.kv.device, out=self.query_rows)
@@ -228,7 +229,8 @@ class Batch:
         self.require_filled()
         if self.host_lengths is None:
             raise ConfigError("the host does not know this batch's lengths: fill it first")
-        longest = max(self.host_lengths) + 1
+        lengths = [length + (length > 0) for length in self.host_lengths]
+        longest = max(lengths)
         if longest > self.kv.max_seq_len:
             raise ConfigError(
                 f"a row would have {longest} tokens, where max_seq_len={self.kv.max_seq_len}"
@@ -238,7 +240,7 @@ class Batch:
                 f"a row would have {longest} tokens, where graphs of this batch are for "
                 f"{self.max_length}: fill it with a larger max_length before they are captured"
             )
-        self.host_lengths = [length + (length > 0) for length in self.host_lengths]
+        self.host_lengths = lengths
         self.max_length = max(self.max_length, longest)
         self.touch()
 
@@ -250,12 +252,29 @@ class Batch:
     def touch(self) -> None:
         """Forgets what was derived from the device's numbers: they have changed.
 
-        Call it when the capture of a CUDA graph begins, so that the graph derives them itself.
+        Call it when the capture of a CUDA graph begins, so that the graph derives them itself. (A
+        capture that follows eager calls is noticed, one that follows another capture is not.)
         """
         self._derived.clear()
 
+    def notice_capture(self) -> None:
+        """Forgets what was derived where a capture has begun or ended since.
+
+        What was made outside would be gone, or old, when the graph is replayed; what was made
+        inside is written by the graph only.
+        """
+        if self.kv.device.type == "cuda":
+            with on(self.kv.device):
+                in_capture = torch.cuda.is_current_stream_capturing()
+            if in_capture is not self._in_capture:
+                self._in_capture = in_capture
+                self.touch()
+
     def derived(self, key: object, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once until the batch changes: one call a step, not a layer."""
+        """What `make` returns, made once until the batch changes: one call a step, not a layer.
+
+        After `notice_capture`.
+        """
         value = self._derived.get(key)
         if value is None:
             value = self._derived[key] = make()
@@ -266,6 +285,7 @@ class Batch:
 
         Negative for padding.
         """
+        self.notice_capture()
 
         def make() -> torch.Tensor:
             rows = self.query_rows
@@ -283,11 +303,8 @@ class Batch:
 
     @property
     def is_captured(self) -> bool:
-        """Whether a CUDA graph will hold it, or the stream in use is being captured."""
-        if self.graph or self.kv.device.type != "cuda":
-            return self.graph
-        with on(self.kv.device):
-            return torch.cuda.is_current_stream_capturing()
+        """Whether a CUDA graph will hold it, or does: see `notice_capture`."""
+        return self.graph or self._in_capture
 
     def _cut(self) -> None:
         """The views of what is in use; those of a batch of as many rows are always the same."""
@@ -328,7 +345,9 @@ def _check_mapping(queries: object) -> None:
 def _whole_numbers(values: Iterable[int], name: str) -> list[int]:
     """A list of them, of Python's own: torch would round what is none, and wrap what is large."""
     try:
-        # From bytes it would read numbers of its own size.
-        return array.array("i", iter(values)).tolist()
-    except (TypeError, OverflowError) as error:
+        numbers = list(values)
+        if bool in map(type, numbers):
+            raise TypeError("a bool is none")
+        return array.array("i", numbers).tolist()
+    except (TypeError, OverflowError, RuntimeError) as error:
         raise ConfigError(f"{name} must be whole numbers of 32 bits: {error}") from error

@@ -117,8 +117,10 @@ def _usable(device: torch.device | str, backend: str) -> list[type[Backend]]:
     """Those of that name, or all, that are installed for a kind of device."""
     try:
         kind = torch.device(device).type
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', not {device!r}") from error
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cuda", "cpu"):
+        raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', not {device!r}")
     classes = BACKENDS.values() if backend == "auto" else [backend_class(backend)]
     return [found for found in classes if found.needs.device == kind and not found.missing()]
 

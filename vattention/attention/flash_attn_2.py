@@ -6,12 +6,9 @@ takes where they start and how long they are, as torch's own build of it does.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import torch
 
-from vattention.attention.backend import Backend, Scales
+from vattention.attention.backend import Backend, Scales, why_not_imported
 from vattention.attention.batch import Batch
 from vattention.attention.needs import Needs
 from vattention.attention.torch_flash import as_one_sequence, slot_starts
@@ -38,13 +35,7 @@ class FlashAttention2(Backend):
     @classmethod
     def missing(cls) -> str | None:
         """The package."""
-        if importlib.util.find_spec("flash_attn") is None:
-            return "the package flash_attn"
-        try:
-            importlib.import_module("flash_attn.flash_attn_interface")
-        except (ImportError, OSError) as error:  # built for another torch, say
-            return f"a flash_attn that can be imported ({error})"
-        return None
+        return why_not_imported("flash_attn.flash_attn_interface", "flash_attn")
 
     @property
     def version(self) -> str:
@@ -86,10 +77,10 @@ class FlashAttention2(Backend):
             batch.query_starts,
             slot_starts(batch, k),
             batch.max_queries,
-            max(batch.max_length, 1),
+            k.shape[1],
             0.0,
             self.scale,
-            causal=self.options.causal,
+            causal=self.is_causal(batch),
             window_size_left=left,
             window_size_right=right,
             softcap=self.options.softcap,

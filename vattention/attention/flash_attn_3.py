@@ -39,24 +39,22 @@ class _FlashAttention3(Backend):
 
     Attributes:
         namespace: where its build registers operators.
+        build: how a reader would find it.
         has_even_rows: whether it has the kernels for rows of one length, which are faster in 16
             bits.
     """
 
     namespace: ClassVar[str]
+    build: ClassVar[str]
     has_even_rows: ClassVar[bool] = True
 
     @classmethod
     def missing(cls) -> str | None:
         """Its build."""
         try:
-            return None if _is_loaded(cls) else cls._what_is_missing()
-        except (ImportError, OSError) as error:  # built for another torch, say
-            return f"{cls._what_is_missing()}; the one that is here cannot be loaded: {error}"
-
-    @classmethod
-    @abstractmethod
-    def _what_is_missing(cls) -> str: ...
+            return None if _is_loaded(cls) else f"{cls.build} is not installed"
+        except Exception as error:  # built for another torch, say: they raise what they like
+            return f"{cls.build} cannot be loaded: {type(error).__name__}: {error}"
 
     @classmethod
     @abstractmethod
@@ -100,15 +98,14 @@ class _FlashAttention3(Backend):
         scales: Scales | None,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
-        # A graph may begin to be captured without the batch being touched.
-        key = (self, k.shape[1], not batch.is_decode and batch.is_captured)
+        key = (self, k.shape[1])
         is_even, prepared = batch.derived(key, lambda: self._prepare(q, k, v, batch))
         given = prepared.copy()
         at = self._at
         given[at["q"]] = q.view(batch.num_rows, batch.max_queries, *q.shape[1:]) if is_even else q
         given[at["k"]], given[at["v"]] = k, v
         if sinks is not None:
-            given[at["s_aux"]] = sinks.to(torch.bfloat16)
+            given[at["s_aux"]] = sinks.to(torch.bfloat16).contiguous()
         if scales is not None:
             given[at["q_descale"]] = scales.q
             given[at["k_descale"]] = scales.k
@@ -192,11 +189,13 @@ _NEEDS = Needs(
     head_dims=(256, 8),
     # As hopper/flash_api.cpp says.
     v_head_dims=((1, 64, 1, 512), (129, 192, 97, 128)),
+    v_head_dims_8bit=((1, 64, 1, 64), (129, 192, 97, 128)),
     tail_slack_tokens=192,
     tail_slack_tokens_8bit=224,
     front_slack_tokens=224,
     finite_tail=True,
     max_tokens=2**31,
+    max_slot_bytes=2**40,  # of a stride, in what describes a tensor to TMA
     softcap=True,
 )
 
@@ -206,11 +205,8 @@ class FlashAttention3(_FlashAttention3):
 
     name = "fa3"
     namespace = "flash_attn_3"
+    build = "the package flash_attn_3 (built from FlashAttention's folder hopper/)"
     needs = _NEEDS
-
-    @classmethod
-    def _what_is_missing(cls) -> str:
-        return "the package flash_attn_3, built from FlashAttention's folder hopper/"
 
     @classmethod
     def _load(cls) -> bool:
@@ -222,11 +218,8 @@ class FlashAttention3Forward(_FlashAttention3):
 
     name = "fa3_fwd"
     namespace = "fa3_fwd"
+    build = "the package fa3-fwd"
     needs = replace(_NEEDS, dtypes=(torch.bfloat16, torch.float8_e4m3fn), window=False)
-
-    @classmethod
-    def _what_is_missing(cls) -> str:
-        return "the package fa3-fwd"
 
     @classmethod
     def _load(cls) -> bool:
@@ -238,12 +231,9 @@ class FlashAttention3Vllm(_FlashAttention3):
 
     name = "fa3_vllm"
     namespace = "_vllm_fa3_C"
+    build = f"_vllm_fa3_C (of the package vllm, or of the file that {LIBRARY} names)"
     has_even_rows = False
-    needs = replace(_NEEDS, sinks=True)
-
-    @classmethod
-    def _what_is_missing(cls) -> str:
-        return f"the package vllm, or {LIBRARY} naming its file _vllm_fa3_C.abi3.so"
+    needs = replace(_NEEDS, sinks=True, max_heads_with_sinks=64, equal_heads_with_sinks=True)
 
     @classmethod
     def _load(cls) -> bool:

@@ -38,11 +38,10 @@ import torch
 from torch.nn.functional import pad
 
 from vattention.allocator import KVAllocator
-from vattention.attention.backend import Backend, Scales
+from vattention.attention.backend import Backend, Scales, why_not_imported
 from vattention.attention.batch import Batch
 from vattention.attention.needs import Needs, Options
 from vattention.attention.torch_flash import as_one_sequence
-from vattention.errors import ConfigError
 
 __all__ = ["FlashInfer"]
 
@@ -54,6 +53,7 @@ _FA3_QUERIES = 256
 
 _FA3_HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 128 * 2**20
+_MAX_QUERY_ELEMENTS = 2**32
 
 
 class FlashInfer(Backend):
@@ -69,6 +69,7 @@ class FlashInfer(Backend):
         equal_strides=True,
         # Numbers of pages are int32; tokens of a batch, rounded up to pages, are uint32.
         max_tokens=2**31,
+        max_query_elements=_MAX_QUERY_ELEMENTS,
         softcap=True,
         # It could be, for a query a row: planned for longer sequences than there are, some chunks
         # are empty. But then a split and a merge is paid where neither is of use.
@@ -79,14 +80,13 @@ class FlashInfer(Backend):
     @classmethod
     def missing(cls) -> str | None:
         """The package, or what its kernels come from."""
-        spec = importlib.util.find_spec("flashinfer")
-        if spec is None or spec.origin is None:
-            return "the package flashinfer-python"
-        if not _has_kernels(Path(spec.origin).parent):
+        why = why_not_imported("flashinfer", "flashinfer-python")
+        if why is None and not _has_kernels():
             return (
-                "the package flashinfer-jit-cache, or nvcc to compile flashinfer-python's kernels"
+                "there are no kernels for flashinfer-python: the package flashinfer-jit-cache is "
+                "not installed, nor nvcc to compile them"
             )
-        return None
+        return why
 
     def __init__(self, kv: KVAllocator, options: Options) -> None:
         super().__init__(kv, options)
@@ -132,11 +132,8 @@ class FlashInfer(Backend):
                 backend="fa3",
             )
             return output
-        if q.shape[0] * max(q.stride(0), q.shape[1] * q.shape[2]) >= 2**32:
-            raise ConfigError(
-                f"FlashInfer finds queries with 32 bits, too few for {q.shape[0]} of these: "
-                "split the batch, or use another backend"
-            )
+        if q.shape[0] * q.stride(0) >= _MAX_QUERY_ELEMENTS:
+            q = q.contiguous()
         # Layers may lie in rows of two sizes, and numbers are counted in rows.
         slot_tokens = k.stride(0) // k.stride(1)
         page_tokens = min(_PAGE_TOKENS, k.shape[1])
@@ -187,12 +184,16 @@ class FlashInfer(Backend):
         )
 
 
-def _has_kernels(package: Path) -> bool:
+def _has_kernels() -> bool:
     """Whether it comes with kernels, or can compile them."""
+    import flashinfer
+
     if importlib.util.find_spec("flashinfer_jit_cache") is not None or shutil.which("nvcc"):
         return True
     toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return Path(toolkit, "bin", "nvcc").exists() or any(package.glob("data/aot/*/*.so"))
+    return Path(toolkit, "bin", "nvcc").exists() or any(
+        Path(flashinfer.__file__).parent.glob("data/aot/*/*.so")
+    )
 
 
 def _as_pages(cache: torch.Tensor, page_tokens: int) -> torch.Tensor:
@@ -214,15 +215,16 @@ def _page_table(batch: Batch, slot_tokens: int, page_tokens: int) -> tuple[torch
 
     All are int32, on the host, and pinned where a device will copy them.
     """
-    lengths = torch.tensor(batch.host_lengths)
+    lengths = _on_host(batch.host_lengths)
     counts = (lengths + page_tokens - 1).div(page_tokens, rounding_mode="floor")
     starts = pad(counts.cumsum(0), (1, 0))
     total = int(starts[-1])
     # Page n of the batch begins in token ``firsts[its row] + n * page_tokens``.
-    firsts = torch.tensor(batch.host_slots) * slot_tokens - starts[:-1] * page_tokens
-    pages = firsts.repeat_interleave(counts, output_size=total) + torch.arange(total) * page_tokens
+    firsts = _on_host(batch.host_slots) * slot_tokens - starts[:-1] * page_tokens
+    numbers = torch.arange(total, device="cpu")
+    pages = firsts.repeat_interleave(counts, output_size=total) + numbers * page_tokens
     parts = (
-        torch.tensor([0, *itertools.accumulate(batch.host_queries)]),
+        _on_host([0, *itertools.accumulate(batch.host_queries)]),
         starts,
         lengths - (counts - 1).clamp_(min=0) * page_tokens,
         pad(pages, (0, 1)),  # one that is not used, lest there be none
@@ -232,6 +234,10 @@ def _page_table(batch: Batch, slot_tokens: int, page_tokens: int) -> tuple[torch
         table = table.pin_memory()
     views: tuple[torch.Tensor, ...] = table.split([len(part) for part in parts])
     return views
+
+
+def _on_host(numbers: list[int] | None) -> torch.Tensor:
+    return torch.tensor(numbers, device="cpu")
 
 
 def _split_bytes(heads: int, kv_heads: int, head_dim: int, packed: int, processors: int) -> int:
@@ -290,8 +296,11 @@ class _Scratch:
         with torch.inference_mode(False):
             if self._workspace.numel() < num_bytes:
                 self._workspace = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            while self._idle:
-                wrapper, workspace, copied = self._idle.popleft()
+            while True:
+                try:
+                    wrapper, workspace, copied = self._idle.popleft()
+                except IndexError:  # perhaps another thread was before this one
+                    break
                 if not copied.query():
                     self._idle.appendleft((wrapper, workspace, copied))
                     break

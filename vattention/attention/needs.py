@@ -24,7 +24,7 @@ class Options:
         window: how many tokens a query sees, itself included; None: all before it.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
         sinks: whether each query head has a learned logit that takes weight and has no value.
-        scale: factor on the scores; None: ``head_dim ** -0.5``.
+        scale: factor on the scores, above 0; None: ``head_dim ** -0.5``.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -38,17 +38,24 @@ class Options:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks every argument."""
-        check_int(self.num_heads, name="num_heads", minimum=1)
+        """Checks every argument, and keeps numbers of other libraries as Python's own."""
+        self._keep("num_heads", check_int(self.num_heads, name="num_heads", minimum=1))
         if self.window is not None:
-            check_int(self.window, name="window", minimum=1, maximum=2**31 - 1)
+            window = check_int(self.window, name="window", minimum=1, maximum=2**31 - 1)
+            self._keep("window", window)
             if not self.causal:
                 raise ConfigError("a window looks back from each query: it needs causal=True")
-        check_number(self.softcap, name="softcap", minimum=0)
+        self._keep("softcap", check_number(self.softcap, name="softcap", minimum=0))
         for name in ("causal", "sinks"):
             check_bool(getattr(self, name), name=name)
         if self.scale is not None:
-            check_number(self.scale, name="scale")
+            scale = check_number(self.scale, name="scale")
+            if scale <= 0:  # kernels mask by minus infinity before they scale
+                raise ConfigError(f"scale must be above 0; got {scale}")
+            self._keep("scale", scale)
+
+    def _keep(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class Needs:
         head_dims: the largest head, and what a head's size must be a multiple of.
         v_head_dims: which sizes of V's heads may differ from K's: for heads of K from the first
             to the second, heads of V from the third to the fourth.
+        v_head_dims_8bit: the same where K and V are of 8 bits; None: no others.
         tail_slack_tokens: tokens behind a length that are loaded though they do not count, so
             that something must be mapped there. Only where the tensor that is handed over ends
             behind that length: one sequence alone can be handed over exactly.
@@ -75,11 +83,16 @@ class Needs:
             that many numbers; None: no limit that matters.
         max_elements: a slot's rows times the elements from one to the next must not be more than
             this, where the kernel finds the tokens of a sequence with that many numbers.
+        max_slot_bytes: from one slot to the next it must be less than this.
         front_slack_tokens: where it has a window, tokens below it that are loaded though they do
             not count: keep so many mapped when memory below a window is given back.
         window: whether it has sliding windows.
         softcap: whether it has a softcap.
         sinks: whether it has sinks.
+        max_heads_with_sinks: the most query heads where there are sinks; None: as many as without.
+        equal_heads_with_sinks: whether heads of V must be of K's size where there are sinks.
+        max_query_elements: a batch's queries times their heads times the heads' size must stay
+            below this, where the kernel finds queries with that many numbers.
         graph_safe: whether a CUDA graph of it serves other lengths than those at its capture.
         host_lengths: whether it plans on the host, from lengths that the host must know.
         splits_by_capacity: whether it divides its work by the length that it is told and not by
@@ -92,6 +105,7 @@ class Needs:
     head_dims: tuple[int, int]
     capabilities: tuple[tuple[int, int], tuple[int, int]] | None = None
     v_head_dims: tuple[tuple[int, int, int, int], ...] = ()
+    v_head_dims_8bit: tuple[tuple[int, int, int, int], ...] | None = None
     tail_slack_tokens: int = 0
     tail_slack_tokens_8bit: int = 0
     finite_tail: bool = False
@@ -99,10 +113,14 @@ class Needs:
     equal_strides: bool = False
     max_tokens: int | None = None
     max_elements: int | None = None
+    max_slot_bytes: int | None = None
+    max_query_elements: int | None = None
     front_slack_tokens: int = 0
     window: bool = True
     softcap: bool = False
     sinks: bool = False
+    max_heads_with_sinks: int | None = None
+    equal_heads_with_sinks: bool = False
     graph_safe: bool = True
     host_lengths: bool = False
     splits_by_capacity: bool = False
@@ -113,6 +131,11 @@ class Needs:
         if dtype.itemsize > 1:
             return self.tail_slack_tokens
         return max(self.tail_slack_tokens, self.tail_slack_tokens_8bit)
+
+    def _v_head_dims_of(self, dtype: torch.dtype) -> tuple[tuple[int, int, int, int], ...]:
+        if dtype.itemsize == 1 and self.v_head_dims_8bit is not None:
+            return self.v_head_dims_8bit
+        return self.v_head_dims
 
     def unmet_by(self, kv: KVAllocator, options: Options) -> list[str]:
         """Why these kernels cannot run over that allocator's memory; empty if they can.
@@ -145,9 +168,16 @@ class Needs:
             reasons.append("it has no kernel for a latent that is K and V at once")
         elif layout.v_dim != layout.head_dim and not any(
             k_from <= layout.head_dim <= k_to and v_from <= layout.v_dim <= v_to
-            for k_from, k_to, v_from, v_to in self.v_head_dims
+            for k_from, k_to, v_from, v_to in self._v_head_dims_of(layout.dtype)
         ):
             reasons.append(f"V must have heads of {layout.head_dim} as K has, not {layout.v_dim}")
+        elif options.sinks and self.equal_heads_with_sinks and layout.v_dim != layout.head_dim:
+            reasons.append(
+                f"with sinks V must have heads of {layout.head_dim} as K has, not {layout.v_dim}"
+            )
+        most = self.max_heads_with_sinks
+        if options.sinks and most is not None and options.num_heads > most:
+            reasons.append(f"with sinks it takes up to {most} query heads, not {options.num_heads}")
         for wanted, has, name in (
             (options.window is not None, self.window, "sliding windows"),
             (options.softcap > 0, self.softcap, "a softcap"),
@@ -189,6 +219,12 @@ class Needs:
                     reasons.append(
                         f"it computes offsets up to {self.max_elements:,} elements in a sequence, "
                         f"here are {elements:,}: lower max_seq_len, or choose an order whose rows "
+                        "are shorter"
+                    )
+                if self.max_slot_bytes is not None and slot * item >= self.max_slot_bytes:
+                    reasons.append(
+                        f"slots must be less than {self.max_slot_bytes:,} bytes apart, here they "
+                        f"are {slot * item:,}: lower max_seq_len, or choose an order whose rows "
                         "are shorter"
                     )
                 if any(stride * item % self.alignment_bytes for stride in spec.strides[:3]):

@@ -39,7 +39,7 @@ class TorchEfficient(Backend):
     @classmethod
     def missing(cls) -> str | None:
         """A torch with CUDA."""
-        return None if torch.version.cuda else "a CUDA build of torch"
+        return None if torch.version.cuda else "torch is no CUDA build"
 
     def attend(
         self,
@@ -66,7 +66,7 @@ class TorchEfficient(Backend):
                 query_starts,
                 starts,
                 most,
-                max(batch.max_length, 1),
+                k.shape[1],
                 0.0,
                 _CAUSAL_FROM_BOTTOM_RIGHT if self.is_causal(batch) else _NO_MASK,
                 False,

@@ -35,7 +35,7 @@ class TorchFlash(Backend):
         """A torch with the operator."""
         if torch.backends.cuda.is_flash_attention_available():
             return None
-        return "a CUDA build of torch with FlashAttention"
+        return "torch is no CUDA build with FlashAttention"
 
     def attend(
         self,
@@ -57,7 +57,7 @@ class TorchFlash(Backend):
             batch.query_starts,
             slot_starts(batch, k),
             batch.max_queries,
-            max(batch.max_length, 1),
+            k.shape[1],
             0.0,
             self.is_causal(batch),
             False,

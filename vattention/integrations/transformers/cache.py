@@ -170,7 +170,7 @@ class _LayerGroup:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self._settled = 0
-        self._alike = torch.zeros(0, 0, dtype=torch.long)
+        self._alike = torch.zeros(0, 0, dtype=torch.long, device="cpu")
         self._num_rows = max_batch_size
         self._order = order
         self._memory = memory
@@ -221,7 +221,7 @@ class _LayerGroup:
                 self._rows = self._kv.allocate_batch(self._num_rows)
             if batch != self.batch:
                 self.batch = batch
-                self._alike = torch.zeros(batch, batch, dtype=torch.long)
+                self._alike = torch.zeros(batch, batch, dtype=torch.long, device="cpu")
         elif shape != self._shape:
             raise ConfigError(
                 f"the {self.name} layers of one VAttentionCache must be alike: they began with "
@@ -715,7 +715,7 @@ class VAttentionCache(Cache):
         """Let row i of the batch hold what row `choose(row numbers)[i]` holds now."""
         if self.batch_size < 0:
             return
-        sources: list[int] = choose(torch.arange(self.batch_size)).tolist()
+        sources: list[int] = choose(torch.arange(self.batch_size, device="cpu")).tolist()
         if not sources:
             self.reset()
             return

@@ -592,11 +592,11 @@ def _logits_wanted(
         row has in the output, and where in the flattened output the logits go. The rest is zero.
     """
     if isinstance(keep, int):
-        columns = torch.arange(max(0, width - (keep or width)), width)
+        columns = torch.arange(max(0, width - (keep or width)), width, device="cpu")
     else:
-        columns = torch.arange(width)[keep.cpu()]
+        columns = torch.arange(width, device="cpu")[keep.cpu()]
     if real is None:
-        places = torch.arange(rows * width).view(rows, width)[:, columns]
+        places = torch.arange(rows * width, device="cpu").view(rows, width)[:, columns]
         return places.reshape(-1), None
     # Numbers of the tokens among those that are no padding.
     numbers = real.reshape(-1).long().cumsum(0).view(rows, width) - 1

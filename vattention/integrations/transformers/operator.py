@@ -112,7 +112,7 @@ def step_of(engine: int) -> Step | None:
 def handle(*numbers: int) -> torch.Tensor:
     """What an attention module carries, of an engine and a layer; others carry other numbers."""
     with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.int64)
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _append_and_attend(
