@@ -125,6 +125,12 @@ def assert_same_tokens(name: str, device: str, inputs: dict[str, Any], **options
 # The same tokens
 
 
+def test_tokens_under_autocast_equal_default(device):
+    """K comes in float32 from its rotation there, and V in what is cast to."""
+    with torch.autocast(device, torch.bfloat16):
+        assert_same_tokens("llama", device, prompts(2, 12, device))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_greedy_tokens_equal_default_left_padded(name, device, attention):

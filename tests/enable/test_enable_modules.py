@@ -52,7 +52,7 @@ def test_merged_linears_take_no_memory_and_compute_the_same(name, merged):
         for merge in (True, False):
             with enabled(model, merge=merge) as engine:
                 changed = [m for m in model.modules() if "forward" in vars(m) and m is not model]
-                assert len(engine._merged) == merged * merge
+                assert len(engine.parts.merged) == merged * merge
                 assert len(changed) == 5 * merged * merge // 2
                 assert all(type(module) is torch.nn.Linear for module in changed)
                 assert storage_bytes(model) == before
@@ -118,7 +118,7 @@ def test_linears_that_are_more_than_linears_are_left_alone(adapt):
     before, state = generate(model, prompts([12, 5], "cpu")).tolist(), state_of(model)
     assert before != plain
     with enabled(model) as engine:
-        assert len(engine._merged) == 3
+        assert len(engine.parts.merged) == 3
         attention = model.model.layers[0].self_attn
         assert "forward" not in vars(attention.k_proj)
         assert generate(model, prompts([12, 5], "cpu")).tolist() == before

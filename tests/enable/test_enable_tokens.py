@@ -92,7 +92,7 @@ def test_batches_one_after_another_equal_before(name, device):
     with enabled(model) as engine:
         ours = [generate(model, inputs, max_new_tokens=20).tolist() for inputs in batches]
         assert ours == before
-        assert {rows for rows, _ in engine._decoders} == {1, 2, 4, 8}
+        assert {rows for rows, *_ in engine._decoders} == {1, 2, 4, 8}
         made = list(engine._decoders.values())
         assert generate(model, batches[1], max_new_tokens=20).tolist() == before[1]
         assert list(engine._decoders.values()) == made

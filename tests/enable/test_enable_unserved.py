@@ -310,17 +310,17 @@ def test_pool_of_another_device_is_refused():
 
 def test_failure_while_linears_are_merged_changes_nothing(monkeypatch):
     model = make_model("llama")
-    state, merged = state_of(model), fuse._Merged
+    state, merged = state_of(model), fuse.Merged
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     done = []
 
-    def fail_late(linears: list[Any]) -> Any:
+    def fail_late(*given: Any) -> Any:
         if len(done) == 2:
             raise torch.OutOfMemoryError("no memory")
-        done.append(merged(linears))
+        done.append(merged(*given))
         return done[-1]
 
-    monkeypatch.setattr(fuse, "_Merged", fail_late)
+    monkeypatch.setattr(fuse, "Merged", fail_late)
     with pytest.raises(torch.OutOfMemoryError):
         enable(model, memory="64MiB")
     assert len(done) == 2

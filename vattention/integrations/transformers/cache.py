@@ -122,17 +122,17 @@ class _Shape(NamedTuple):
                 "VAttentionCache writes in place and carries no gradients: run the model under "
                 "torch.no_grad() or torch.inference_mode()"
             )
-        if key_states.shape[:3] != value_states.shape[:3] or key_states.dtype != value_states.dtype:
+        if key_states.shape[:3] != value_states.shape[:3]:
             raise ConfigError(
-                "VAttentionCache needs keys and values with the same batch, heads, tokens and "
-                f"dtype; got {tuple(key_states.shape)} {key_states.dtype} "
-                f"and {tuple(value_states.shape)} {value_states.dtype}"
+                "VAttentionCache needs keys and values with the same batch, heads and tokens; got "
+                f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
             )
         return cls(
             num_kv_heads=key_states.shape[1],
             head_dim=key_states.shape[3],
             v_head_dim=value_states.shape[3],
-            dtype=key_states.dtype,
+            # Under autocast they differ.
+            dtype=torch.promote_types(key_states.dtype, value_states.dtype),
             device=key_states.device,
         )
 

@@ -57,7 +57,7 @@ class Decoder:
         self._engine = engine
         self._stamp = 0
         device = engine.device
-        graph = device.type == "cuda" and engine.graphs
+        graph = device.type == "cuda" and engine.graphs and not engine.parts.has_hooks
         with torch.inference_mode(False):
             self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
             self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -76,8 +76,8 @@ class Decoder:
         current = torch.cuda.current_stream(engine.device)
         side = engine.capture_stream
         side.wait_stream(current)
-        one_row = one_row_products(engine.linears) if self.rows == 1 else nullcontext()
-        with _capturing, torch.cuda.stream(side), one_row, compiled(engine.compiled):
+        one_row = one_row_products(engine.parts.linears) if self.rows == 1 else nullcontext()
+        with _capturing, torch.cuda.stream(side), one_row, compiled(engine.parts.compiled):
             for _ in range(_WARMUPS):
                 self._run(engine)
             graph = torch.cuda.CUDAGraph()

@@ -30,14 +30,8 @@ from vattention.attention.tensors import is_tensor, shown
 from vattention.errors import ConfigError, OutOfPages, OutOfSlots, SequenceTooLong
 from vattention.integrations.transformers import operator, traced
 from vattention.integrations.transformers.decode import Decoder
-from vattention.integrations.transformers.fuse import (
-    compilable,
-    forget_merged,
-    merge_linears,
-    plain_linears,
-    unmerge_linears,
-)
 from vattention.integrations.transformers.inspection import LayerSpec, reads_positions
+from vattention.integrations.transformers.parts import Parts, Places
 from vattention.integrations.transformers.ragged import RaggedCache
 from vattention.integrations.transformers.stopping import defer_stop_checks
 from vattention.integrations.transformers.streams import StreamOrder
@@ -125,16 +119,21 @@ class Engine:
         self._make_groups(specs, order, backend)
         self.step_order = operator.handle(self.number, 0)
         self.stand_in = RaggedCache(self)  # has no rows
-        self.compiled = compilable(model) if compile else []
-        self._merge = merge
-        self._merged = merge_linears(model) if merge else []
-        self.linears = plain_linears(model)
-        self._weights = _addresses(model)
+        self._make_parts = functools.partial(
+            Parts,
+            model,
+            self._override,
+            merge=merge,
+            compile=compile,
+            graphs=self.graphs and self.device.type == "cuda",
+        )
+        self.parts = self._make_parts()
+        self._modules = [spec.module for spec in specs]
+        self._places = Places(model, self._modules)
         for layer, spec in enumerate(specs):
             setattr(spec.module, operator.HANDLE, operator.handle(self.number, layer))
-        self._modules = [spec.module for spec in specs]
         self._lock = threading.RLock()  # held while the model runs
-        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self._decoders: dict[tuple[object, ...], Decoder] = {}
         if self.device.type == "cuda":
             self.capture_stream = torch.cuda.Stream(self.device)
             self.graph_pool = torch.cuda.graph_pool_handle()
@@ -180,6 +179,8 @@ class Engine:
 
     def release(self) -> int:
         """See `enable`."""
+        with self._lock:
+            self._drop_stale()
         return self.pool.reclaim()
 
     # ---- what runs ----
@@ -286,9 +287,9 @@ class Engine:
         cache.settle()
 
     def _prefill(self, cache: RaggedCache, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-        self.look_at_weights()
+        self.look_at_model(cache)
         rows, width = tokens.shape
-        real, counts = self.real_tokens(cache, tokens, kwargs.get("attention_mask"))
+        real, counts = self.real_tokens(cache, tokens, kwargs.get("attention_mask"), decode=False)
         before = list(cache.lengths)
         batches, lengths = self.begin(cache, counts)
         try:
@@ -313,6 +314,7 @@ class Engine:
             cache.undo_begin(before)
             raise
         cache.finish(lengths, cache.seen + width)
+        cache.looked = cache.stamp
         logits = output.logits[0]
         if place is None:
             output.logits = logits.view(rows, -1, logits.shape[-1])
@@ -371,24 +373,41 @@ class Engine:
                 "with a larger one (addresses cost no memory), or generate fewer tokens"
             )
 
-    def look_at_weights(self) -> bool:
-        """Where somebody gave the model other tensors for weights, what held the old ones goes.
+    def look_at_model(self, cache: RaggedCache) -> bool:
+        """Makes anew what was made of the model's modules, if somebody has changed them since.
 
-        Returns whether that was so.
+        A cache notes that it was looked, until something but a decode step changes it.
+
+        Returns:
+            Whether they were changed.
+
+        Raises:
+            ConfigError: an attention module is another.
         """
-        if _addresses(self._model) == self._weights:
+        if cache.looked == cache.stamp:
+            return False
+        changed = self._drop_stale()
+        if changed:
+            self._places.check(self._model)
+            self.parts = self._make_parts()
+        cache.looked = cache.stamp
+        return changed
+
+    def _drop_stale(self) -> bool:
+        """What holds what the model has no more goes; whether that was so."""
+        if self.parts.is_current():
             return False
         self._decoders.clear()
-        forget_merged(self._merged)
-        self._merged = merge_linears(self._model) if self._merge else []
-        self.linears = plain_linears(self._model)
-        self._weights = _addresses(self._model)
+        self.parts.end(own_weights=False)
         return True
 
     def real_tokens(
-        self, cache: RaggedCache, tokens: torch.Tensor, mask: torch.Tensor | None
+        self, cache: RaggedCache, tokens: torch.Tensor, mask: torch.Tensor | None, *, decode: bool
     ) -> tuple[torch.Tensor | None, list[int]]:
-        """Which of the batch's tokens are no padding (None: all), and how many in each row."""
+        """Which of the batch's tokens are no padding (None: all), and how many in each row.
+
+        In a decode step all are real: looking would wait for the device.
+        """
         rows, width = tokens.shape
         if mask is None:
             return None, [width] * rows
@@ -397,18 +416,32 @@ class Engine:
                 f"attention_mask must be {[rows, cache.seen + width]}, of all tokens so far and "
                 f"these; got {list(mask.shape)}"
             )
-        if cache.is_decode(width):
+        if decode:
             return None, [1] * rows
         bits = mask.to(torch.bool)
-        counts = torch.stack([bits[:, : cache.seen].sum(1), bits[:, cache.seen :].sum(1)]).tolist()
+        before = bits[:, : cache.seen]
+        counts = torch.stack([before.sum(1), bits[:, cache.seen :].sum(1)]).tolist()
         if cache.seen and counts[0] != cache.lengths:
-            raise ConfigError(
-                f"attention_mask says that rows have {counts[0]} tokens, the cache holds "
-                f"{cache.lengths}: tokens that were seen cannot be masked afterwards"
-            )
+            self._end_rows(cache, before, counts[0])
         if min(counts[1]) == width:
             return None, counts[1]
         return bits[:, cache.seen :], counts[1]
+
+    @staticmethod
+    def _end_rows(cache: RaggedCache, before: torch.Tensor, counts: list[int]) -> None:
+        """Rows that had ended went on in decode steps, with what the mask says now is padding."""
+        surplus = [have - count for have, count in zip(cache.lengths, counts, strict=True)]
+        fits = min(surplus) >= 0 and max(surplus) <= cache.decoded
+        if not fits or any(
+            any(row[cache.seen - ended :])
+            for row, ended in zip(before.tolist(), surplus, strict=True)
+        ):
+            raise ConfigError(
+                f"attention_mask says that rows have {counts} tokens, the cache holds "
+                f"{cache.lengths}: tokens that were seen cannot be masked afterwards, but for a "
+                "row's last ones of decode steps"
+            )
+        cache.take_back(surplus)
 
     def _decode(self, cache: RaggedCache, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         mask = kwargs.get("attention_mask")
@@ -430,9 +463,12 @@ class Engine:
     def _decoder(self, rows: int, longest: int) -> Decoder:
         size = _bucket(rows, self.max_batch_size)
         most = self._length_bucket(size, longest)
-        decoder = self._decoders.get((size, most))
+        kind = self.device.type
+        # What is cast is captured.
+        casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        decoder = self._decoders.get((size, most, casts))
         if decoder is None:
-            decoder = self._decoders[size, most] = Decoder(self, size, most)
+            decoder = self._decoders[size, most, casts] = Decoder(self, size, most)
         return decoder
 
     def _length_bucket(self, rows: int, longest: int) -> int:
@@ -457,6 +493,7 @@ class Engine:
         def prepare_cache(*args: Any, **kwargs: Any) -> Any:
             return self.prepare_cache(*args, **kwargs)
 
+        self._is_installed = True
         self._own = {
             "forward": forward,
             "_prepare_cache_for_generation": prepare_cache,
@@ -476,7 +513,7 @@ class Engine:
 
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with restored(self._views):
+            with self._lock, restored(self._views):
                 return method(*args, **kwargs)
 
         return call
@@ -497,8 +534,14 @@ class Engine:
             for name, value in model_kwargs.items()
             if name not in _GENERATE_KNOWN and _is_given(value)
         ]
+        for name in CACHE_NAMES:
+            if isinstance(cache := model_kwargs.get(name), RaggedCache):
+                cache.looked = 0  # another turn of a chat
+        positions = model_kwargs.get("position_ids")
         ours = (
-            generation_mode.value in ("greedy_search", "sample")
+            self._is_installed
+            and (positions is None or positions.dim() == 2)
+            and generation_mode.value in ("greedy_search", "sample")
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in _DEFAULT_CACHES
             and not generation_config.output_attentions
@@ -540,16 +583,19 @@ class Engine:
     def _uninstall(self) -> None:
         restore_configs(self._views)
         self._views = []
-        for name in self._own:
-            vars(self._model).pop(name, None)
-        for name, value in self._replaced.items():
-            setattr(self._model, name, value)
+        self._is_installed = False
+        for name, value in self._own.items():
+            if vars(self._model).get(name) is not value:
+                continue  # somebody has put theirs over it, which calls it
+            if name in self._replaced:
+                setattr(self._model, name, self._replaced[name])
+            else:
+                delattr(self._model, name)
         for module in self._modules:
             if hasattr(module, operator.HANDLE):
                 delattr(module, operator.HANDLE)
-        unmerge_linears(self._merged)
-        self._merged = []
         self._decoders.clear()
+        self.parts.end(own_weights=True)
         operator.set_step(self.number, None)  # one of a compiled call that was cut off
         self.order.lead()
         for group in self.groups:
@@ -561,10 +607,6 @@ class Engine:
 def _is_given(value: Any) -> bool:
     """Whether an argument says anything: None, False and an empty mapping do not."""
     return not (value is None or value is False or (isinstance(value, Mapping) and not value))
-
-
-def _addresses(model: torch.nn.Module) -> list[int]:
-    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:

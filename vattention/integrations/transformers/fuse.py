@@ -14,29 +14,37 @@ from typing import Any
 
 import torch
 
+from vattention.errors import ConfigError
+from vattention.integrations.transformers import forwards
 from vattention.integrations.transformers.matvec import product
+from vattention.integrations.transformers.views import Override
 
-__all__ = [
-    "compilable",
-    "compiled",
-    "forget_merged",
-    "merge_linears",
-    "plain_linears",
-    "unmerge_linears",
-]
+__all__ = ["Merged", "compilable", "compiled", "merge_linears", "plain_linears"]
 
 # By the names that transformers gives them, in the order in which they are called.
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class _Merged:
-    """Some linears that read one input, and their weights in one matrix."""
+class Merged:
+    """Some linears that read one input, and their weights in one matrix.
 
-    def __init__(self, linears: list[torch.nn.Linear]) -> None:
+    They are computed as one while the engine's model runs, which has looked whether they are still
+    what they were. Whoever else calls them gets what they compute themselves.
+
+    Args:
+        linears: plain ones, in the order in which they are called.
+        override: of the engine.
+    """
+
+    def __init__(self, linears: list[torch.nn.Linear], override: Override) -> None:
+        """Makes their weights views of one matrix."""
         self.linears = linears
+        self.override = override
         self.sizes = [linear.out_features for linear in linears]
-        with torch.no_grad():
-            self.weight = torch.cat([linear.weight.data for linear in linears])
+        self.computed: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        # Made where inference is on, they could not be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight: torch.Tensor | None = torch.cat([linear.weight.data for linear in linears])
             biases: list[torch.Tensor | None] = [linear.bias for linear in linears]
             given = [bias for bias in biases if bias is not None]
             self.bias = torch.cat(given) if given else None
@@ -45,64 +53,72 @@ class _Merged:
             if self.bias is not None:
                 for linear, bias in zip(linears, self.bias.split(self.sizes), strict=True):
                     linear.bias.data = bias
-        self.computed: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        self._parts = [_Part(self, number) for number in range(len(linears))]
+        for linear, part in zip(linears, self._parts, strict=True):
+            forwards.put(linear, part.forward)
 
     def compute(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """What linear `number` returns for `x`."""
+        linear = self.linears[number]
+        if self.weight is None or self.override.name is None or torch.is_grad_enabled():
+            return type(linear).forward(linear, x)
         computed = self.computed
-        if number == 0 and not torch.is_grad_enabled():  # the merged matrix has no gradient
+        if number == 0:
             y = product(x, self.weight, self.bias)
             computed = self.computed = x, y.split(self.sizes, dim=-1)
-        # Which may be of another input.
-        elif computed is None or x is not computed[0] or torch.is_grad_enabled():
-            linear = self.linears[number]
-            return torch.nn.functional.linear(x, linear.weight, linear.bias)
+        elif computed is None or x is not computed[0]:  # which may be of another input
+            return type(linear).forward(linear, x)
         if number == len(self.linears) - 1:
             self.computed = None
         return computed[1][number]
 
+    def end(self, *, own_weights: bool) -> None:
+        """Gives the linears their own code back.
 
-def _forward_of(merged: _Merged, number: int) -> Any:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return merged.compute(number, x)
+        Args:
+            own_weights: and matrices of their own; else they keep what they have now.
+        """
+        self.weight = self.bias = self.computed = None
+        for linear, part in zip(self.linears, self._parts, strict=True):
+            forwards.take_off(linear, part.forward)
+        if own_weights:
+            with torch.inference_mode(False), torch.no_grad():
+                for linear in self.linears:
+                    linear.weight.data = linear.weight.data.clone()
+                    if linear.bias is not None:
+                        linear.bias.data = linear.bias.data.clone()
 
-    return forward
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Not made: a copy would compute with these weights."""
+        raise ConfigError("nothing of an enabled model can be copied: disable(model) first")
 
 
-def merge_linears(model: torch.nn.Module) -> list[_Merged]:
-    """Merges what can be merged, or nothing; returns it, for `unmerge_linears`."""
-    done: list[_Merged] = []
+class _Part:
+    """One of them. Its `forward` is a bound method, so that who copies a linear is told of this."""
+
+    def __init__(self, merged: Merged, number: int) -> None:
+        self._merged = merged
+        self._number = number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Merged.compute`."""
+        return self._merged.compute(self._number, x)
+
+
+def merge_linears(model: torch.nn.Module, override: Override) -> list[Merged]:
+    """Merges what can be merged, or nothing."""
+    done: list[Merged] = []
     try:
         for module in model.modules():
             for names in _SHARED_INPUT:
                 linears: list[Any] = [getattr(module, name, None) for name in names]
                 if all(_is_plain(linear) for linear in linears) and _are_alike(linears):
-                    merged = _Merged(linears)
-                    for number, linear in enumerate(linears):
-                        linear.forward = _forward_of(merged, number)
-                    done.append(merged)
+                    done.append(Merged(linears, override))
     except BaseException:
-        unmerge_linears(done)
+        while done:
+            done.pop().end(own_weights=True)
         raise
     return done
-
-
-def unmerge_linears(all_merged: Iterable[_Merged]) -> None:
-    """Gives every linear its own weights and its own code back."""
-    for merged in all_merged:
-        for linear in merged.linears:
-            del linear.forward
-            linear.weight.data = linear.weight.data.clone()
-            if linear.bias is not None:
-                linear.bias.data = linear.bias.data.clone()
-        del merged.weight, merged.bias  # one at a time: there may be no room for all
-
-
-def forget_merged(all_merged: Iterable[_Merged]) -> None:
-    """Gives linears their own code back, and leaves the weights that they have now."""
-    for merged in all_merged:
-        for linear in merged.linears:
-            del linear.forward
 
 
 def plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
@@ -118,8 +134,9 @@ def _is_plain(linear: Any) -> bool:
     """Whether it is a linear and nothing else: not quantised, adapted, sharded or hooked."""
     return (
         type(linear) is torch.nn.Linear
-        and "forward" not in vars(linear)
+        and not forwards.has_own(linear)
         and type(linear.weight) is torch.nn.Parameter
+        and not linear.weight.is_inference()
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and not hasattr(linear, "_hf_hook")
@@ -162,13 +179,9 @@ def compilable(model: Any) -> list[torch.nn.Module]:
 @contextmanager
 def compiled(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Lets modules run compiled, for a while; those that have a forward of their own do not."""
-    changed = [module for module in modules if "forward" not in vars(module)]
     # The limit is one for all models of a class, each of which needs some graphs of its own.
-    with torch._dynamo.config.patch(recompile_limit=256):
-        for module in changed:
-            module.forward = torch.compile(module.forward)
-        try:
-            yield
-        finally:
-            for module in changed:
-                del module.forward
+    with (
+        torch._dynamo.config.patch(recompile_limit=256),
+        forwards.put_for_a_while(modules, lambda module: torch.compile(module.forward)),
+    ):
+        yield

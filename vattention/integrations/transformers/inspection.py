@@ -10,6 +10,7 @@ attention was told of windows.
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,7 @@ def _inspect(
 
 
 _notes: _Notes | None = None
+_inspecting = threading.Lock()  # of one model at a time: `_notes` is everyone's
 AttentionInterface.register(_INSPECTION, _inspect)
 
 
@@ -158,6 +160,11 @@ def inspect_model(model: Any) -> list[LayerSpec]:
     Raises:
         ConfigError: the model cannot be served; the message says why. It is as it was.
     """
+    with _inspecting:
+        return _inspect_model(model)
+
+
+def _inspect_model(model: Any) -> list[LayerSpec]:
     global _notes
     name = type(model).__name__
     config = getattr(model, "config", None)

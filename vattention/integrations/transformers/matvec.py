@@ -7,11 +7,12 @@ have under way at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+
+from vattention.integrations.transformers import forwards
 
 try:
     import triton
@@ -112,7 +113,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _forward_of(linear: torch.nn.Linear) -> Any:
+def _forward_of(linear: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return product(x, linear.weight, linear.bias)
 
@@ -127,13 +128,9 @@ def one_row_products(linears: Iterable[torch.nn.Linear]) -> Iterator[None]:
         linears: those whose code may be replaced.
     """
     global _active
-    changed = list(linears)
-    for linear in changed:
-        linear.forward = _forward_of(linear)  # type: ignore[method-assign]
     _active = True
     try:
-        yield
+        with forwards.put_for_a_while(linears, _forward_of):
+            yield
     finally:
         _active = False
-        for linear in changed:
-            del linear.forward

@@ -55,10 +55,12 @@ class RaggedCache(Cache):
         self.engine = engine
         self.lengths: list[int] = []
         self.seen = 0
+        self.decoded = 0  # the last so many tokens of each row came by decode steps
         self._expected_tokens = expected_tokens
         self._is_open = False
         self.handle = operator.handle(operator.register(self))
         self.stamp = next(_stamps)
+        self.looked = 0  # the stamp when the engine looked at the model last
         self._rows: list[list[Sequence]] = [[] for _ in engine.groups]
         self._released: list[int] = [0] * len(engine.groups)
         self._end = weakref.finalize(self, _free_rows, self._rows, engine.order)
@@ -140,24 +142,35 @@ class RaggedCache(Cache):
         remove = -count if count <= 0 else max(0, self.seen - count)
         if remove == 0:
             return
-        lengths = [length - remove for length in self.lengths]
+        self.take_back([remove] * len(self.lengths))
+        self.seen -= remove
+        self.decoded = max(0, self.decoded - remove)
+
+    def take_back(self, counts: Rows[int]) -> None:
+        """Takes the last so many tokens of each row back; the padded batch is as long as it was.
+
+        Raises:
+            ConfigError: see `crop`; nothing has changed.
+        """
+        lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
         if min(lengths) < 0:
-            raise ConfigError(f"rows of {self.lengths} tokens cannot lose {remove} each")
+            raise ConfigError(f"rows of {self.lengths} tokens cannot lose {list(counts)} of them")
         for group, released in zip(self.engine.groups, self._released, strict=True):
             reach = (group.window or 0) + group.front_slack_tokens
             if released and min(lengths) - reach < released:
                 raise ConfigError(
-                    f"rows of {self.lengths} tokens cannot lose {remove} each: what their window "
+                    f"rows of {self.lengths} tokens cannot lose {list(counts)}: what their window "
                     f"would reach then, below token {released}, was given back"
                 )
         self.engine.order.follow()
-        self._set(lengths, self.seen - remove)
+        self._set(lengths, self.seen)
         self._trim(self._rows)
 
     def reset(self) -> None:
         """Ends every row; what they held stays mapped for those that come next."""
         _free_rows(self._rows, self.engine.order)
         self._released = [0] * len(self._rows)
+        self.decoded = 0
         self._set([], 0)
 
     def _refuse(self, *_: Any, **__: Any) -> None:
@@ -174,9 +187,11 @@ class RaggedCache(Cache):
     def is_decode(self, tokens: int) -> bool:
         """Whether so many tokens in each row are a decode step.
 
-        A row that has only had padding so far may get more of it, as the mask says.
+        The first of another turn is none, nor is one after the cache was changed: masks are looked
+        at there, and the model. A row that has only had padding so far may get more of it.
         """
-        return tokens == 1 and bool(self.lengths) and min(self.lengths) > 0
+        looked = self.looked == self.stamp
+        return tokens == 1 and looked and bool(self.lengths) and min(self.lengths) > 0
 
     def settle(self) -> None:
         """Takes back what a step began that was cut off, as one in a compiler's graph may be."""
@@ -227,12 +242,14 @@ class RaggedCache(Cache):
     def finish(self, lengths: Rows[int], seen: int) -> None:
         """The tokens have been written: a prefill."""
         self._is_open = False
+        self.decoded = 0
         self._set(list(lengths), seen)
 
     def advance(self) -> None:
         """Every row has one more: a decode step."""
         self.lengths = [length + 1 for length in self.lengths]
         self.seen += 1
+        self.decoded += 1
 
     def slots(self, group: int) -> list[int]:
         """The slot of each row."""

@@ -141,9 +141,9 @@ def _begin(
     rows, width = tokens.shape
     engine.order.lead()
     engine.check_step(rows_of, tokens, positions)
-    if not rows_of.is_decode(width) and engine.look_at_weights():
-        raise ConfigError("the model's weights were replaced since it was compiled: call it again")
-    real, counts = engine.real_tokens(rows_of, tokens, mask)
+    if engine.look_at_model(rows_of):
+        raise ConfigError("the model was changed since it was compiled: call it again")
+    real, counts = engine.real_tokens(rows_of, tokens, mask, decode=rows_of.is_decode(width))
     batches, lengths = engine.begin(rows_of, counts)
     padding = None if real is None else _Padding(real)
     if padding is None or padding.is_all:
