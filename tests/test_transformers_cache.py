@@ -671,7 +671,7 @@ def test_tensors_that_do_not_fit_raise():
     with make_cache(CONFIGS["llama"](), "cpu") as cache:
         with pytest.raises(va.ConfigError, match="no_grad"):
             cache.update(keys.clone().requires_grad_(), values, 0)
-        with pytest.raises(va.ConfigError, match="same batch, heads, tokens"):
+        with pytest.raises(va.ConfigError, match="same batch, heads and tokens"):
             cache.update(keys, values[:, :1], 0)
         cache.update(keys, values, 0)
         with pytest.raises(va.ConfigError, match="float64"):
