@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from enabled_models import (  # noqa: E402
+    GPU,
     build,
     decode,
     enabled,
@@ -38,7 +39,8 @@ INPUTS = [12, 5]
 
 
 def load(model: Any) -> None:
-    model.load_state_dict(build("llama", "cpu", seed=1).state_dict(), assign=True)
+    other = make_model("llama", model.device.type, seed=1)
+    model.load_state_dict(other.state_dict(), assign=True)
 
 
 def average(model: Any) -> None:
@@ -353,6 +355,31 @@ def test_release_lets_go_of_weights_that_the_model_has_no_more():
         merged = list(engine.parts.merged)
         release(model)
         assert engine.parts.merged == merged
+
+
+def test_tokens_elsewhere_are_refused():
+    model = make_model("llama")
+    with torch.no_grad(), enabled(model) as engine:
+        cache, token = start(model, engine, prompts(INPUTS, "cpu"))
+        with pytest.raises(va.ConfigError, match="input_ids must be on cpu, .*; they are on meta"):
+            model(input_ids=token.to("meta"), past_key_values=cache)
+        decode(model, cache, token, 1)
+
+
+@GPU
+def test_model_that_was_moved_runs_as_before_until_it_is_back():
+    model = make_model("llama", "cuda")
+    before = generate(model, prompts(INPUTS, "cuda")).tolist()
+    with enabled(model) as engine:
+        assert generate(model, prompts(INPUTS, "cuda")).tolist() == before
+        model.to("cpu")
+        release(model)
+        assert engine.pool.stats().held_bytes == 0
+        assert generate(model, prompts(INPUTS, "cpu")).tolist() == before
+        assert engine.pool.stats().held_bytes == 0
+        model.to("cuda")
+        assert generate(model, prompts(INPUTS, "cuda")).tolist() == before
+        assert engine.pool.stats().held_bytes > 0
 
 
 def test_next_turn_of_one_token_sees_weights_that_changed():

@@ -274,6 +274,11 @@ class Engine:
 
     def check_step(self, cache: RaggedCache, tokens: torch.Tensor, positions: Any) -> None:
         """Raises a `ConfigError` unless tokens and their positions can be a step of that cache."""
+        if tokens.device != self.device:
+            raise ConfigError(
+                f"input_ids must be on {self.device}, where the model was enabled; they are on "
+                f"{tokens.device}"
+            )
         rows, width = tokens.shape
         shapes = ((rows, width), (1, width))
         if positions is not None and not (is_tensor(positions) and positions.shape in shapes):
@@ -540,6 +545,7 @@ class Engine:
         positions = model_kwargs.get("position_ids")
         ours = (
             self._is_installed
+            and self._model.device == self.device
             and (positions is None or positions.dim() == 2)
             and generation_mode.value in ("greedy_search", "sample")
             and generation_config.use_cache is not False
