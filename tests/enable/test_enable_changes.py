@@ -531,36 +531,3 @@ def test_chat_by_generate_goes_on_though_its_rows_ended_at_different_times(new, 
         cache, _ = start(model, engine, inputs)
         cache.reset()
         assert talk(cache) == expected
-
-
-def test_positions_of_several_axes_run_as_before():
-    """Qwen2-VL counts them in time, height and width, of text alone too."""
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [2, 3, 3],
-            "rope_theta": 10000.0,
-        },
-    }
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 1}
-    numbers = dict(
-        zip(("image", "video", "vision_start", "vision_end"), range(90, 94), strict=True)
-    )
-    config = transformers.Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        **{f"{name}_token_id": number for name, number in numbers.items()},
-    )
-    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
-    inputs = prompts(INPUTS, "cpu")
-    before = generate(model, inputs).tolist()
-    with enabled(model):
-        assert generate(model, inputs).tolist() == before

@@ -295,3 +295,38 @@ def test_rows_of_padding_alone_begin_with_what_comes_next():
         # The row took its tokens as the others took theirs.
         expected = decode(model, alone, tokens[0][1:], 9)
     assert joined(*tokens[1:])[1:] == joined(*expected)
+
+
+def qwen2_vl() -> Any:
+    """It counts positions in time, height and width, of text alone too."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [2, 3, 3],
+            "rope_theta": 10000.0,
+        },
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 1}
+    numbers = dict(
+        zip(("image", "video", "vision_start", "vision_end"), range(90, 94), strict=True)
+    )
+    config = transformers.Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        **{f"{name}_token_id": number for name, number in numbers.items()},
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def test_tokens_equal_before_where_positions_have_several_axes(device):
+    model = qwen2_vl().to(device)
+    assert_as_before(model, prompts([12, 5], device))
+    assert_as_before(model, prompts([7], device), do_sample=True)

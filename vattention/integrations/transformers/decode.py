@@ -48,9 +48,18 @@ _capturing = threading.Lock()  # what capturing changes for a while, all models 
 
 
 class Decoder:
-    """One decode step for `rows` sequences of at most `max_length` tokens."""
+    """One decode step for `rows` sequences of at most `max_length` tokens.
 
-    def __init__(self, engine: Engine, rows: int, max_length: int) -> None:
+    Args:
+        engine: of the model.
+        rows: how many.
+        max_length: how long they may get.
+        axes: what precedes rows in the shape of positions; some models count them several times.
+    """
+
+    def __init__(
+        self, engine: Engine, rows: int, max_length: int, axes: tuple[int, ...] = ()
+    ) -> None:
         """Captures the graph, which takes a second, and compiles before if it has to."""
         self.rows = rows
         self.max_length = max_length
@@ -60,7 +69,7 @@ class Decoder:
         graph = device.type == "cuda" and engine.graphs and not engine.parts.has_hooks
         with torch.inference_mode(False):
             self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
-            self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self._positions = torch.zeros(*axes, rows, 1, dtype=torch.long, device=device)
         self.batches = [Batch(group.kv, rows, graph=graph) for group in engine.groups]
         for batch in self.batches:
             batch.fill_rows([0] * rows, [0] * rows, max_length=max_length)
@@ -109,7 +118,8 @@ class Decoder:
         Args:
             cache: whose rows, mapped for it already.
             tokens: ``[rows of the cache, 1]``.
-            positions: their positions, likewise; None: where they are in their rows.
+            positions: their positions, ``[*axes, rows of the cache, 1]``; None: where they are in
+                their rows.
 
         Returns:
             What the model returns, with logits for every row of this decoder.
@@ -123,11 +133,11 @@ class Decoder:
                     cache.lengths + [0] * padding,
                     max_length=self.max_length,
                 )
-            self._positions[live:].zero_()  # some rotary embeddings look at the largest
+            self._positions[..., live:, :].zero_()  # some rotary embeddings look at the largest
         if positions is None:
             positions = self.batches[0].lengths[:live, None]
         self._tokens[:live].copy_(tokens)
-        self._positions[:live].copy_(positions)
+        self._positions[..., :live, :].copy_(positions)
         self._stamp = cache.stamp
         for batch in self.batches:
             batch.note_advance()

@@ -34,9 +34,9 @@ def enable(
     `attention_mask`. K and V lie in memory that is mapped as the sequences grow. Rows hold their
     own tokens only, so padding takes neither memory nor time. A decode step is one CUDA graph,
     captured once for a number of rows and replayed whatever their lengths. What is not served
-    (beam search, assisted decoding, embeddings as input, outputs of attention or hidden states,
-    positions of several axes, a cache that the caller passes) runs as it did before. So does a call
-    of more rows than `max_batch_size` or more tokens than `max_seq_len`, with a warning.
+    (beam search, assisted decoding, embeddings or images as input, outputs of attention or hidden
+    states, a cache that the caller passes) runs as it did before. So does a call of more rows than
+    `max_batch_size` or more tokens than `max_seq_len`, with a warning.
 
     The model stays its owner's: weights may be loaded, moved and trained, modules set to train,
     adapted and hooked. What was made of them is made anew at the next prompt. (So change nothing
@@ -44,8 +44,8 @@ def enable(
     modules must be those that were there.
 
     The model may be called from several threads, each with caches of its own, and on several
-    streams, which must live on: calls run one after another. (Not so, on several threads, what
-    `torch.compile` made of all of it.)
+    streams, which must live on: calls run one after another. (Not so, on several threads, calls of
+    a part of it, or of what `torch.compile` made of all of it.)
 
     Padding counts for nothing, nor does what rows that have ended were given meanwhile, if the
     mask of the next turn says so. (A token that comes alone, in a decode step, is none, whatever

@@ -281,9 +281,12 @@ class Engine:
             )
         rows, width = tokens.shape
         shapes = ((rows, width), (1, width))
-        if positions is not None and not (is_tensor(positions) and positions.shape in shapes):
+        if positions is not None and not (
+            is_tensor(positions) and positions.dim() < 4 and positions.shape[-2:] in shapes
+        ):
             raise ConfigError(
-                f"position_ids must be {[rows, width]} or {[1, width]}; got {shown(positions)}"
+                f"position_ids must be {[rows, width]} or {[1, width]}, or several of them; got "
+                f"{shown(positions)}"
             )
         if cache.engine is not self:
             raise ConfigError("this cache belongs to another model, or to one that was disabled")
@@ -300,19 +303,19 @@ class Engine:
         try:
             packed_tokens = _packed(tokens, real)
             positions = kwargs.get("position_ids")
-            if not any(counts):  # nothing but padding: a token of it runs, and is written nowhere
-                packed_tokens = tokens.reshape(-1)[:1]
-                packed_positions = torch.zeros_like(packed_tokens)
-            elif positions is None:
+            if positions is None:
                 packed_positions = batches[0].positions()
             else:
-                packed_positions = _packed(positions.expand(rows, width), real)
+                packed_positions = _packed(positions.expand(*positions.shape[:-2], rows, -1), real)
+            if not any(counts):  # nothing but padding: a token of it runs, and is written nowhere
+                packed_tokens = tokens.reshape(-1)[:1]
+                packed_positions = packed_positions.new_zeros(*packed_positions.shape[:-1], 1)
             wanted, place = _logits_wanted(kwargs.get("logits_to_keep", 0), real, rows, width)
             output = self.run_model(
                 operator.BatchStep(self, batches),
                 cache,
                 input_ids=packed_tokens[None],
-                position_ids=packed_positions[None],
+                position_ids=packed_positions.unsqueeze(-2),
                 logits_to_keep=wanted,
             )
         except BaseException:
@@ -457,23 +460,26 @@ class Engine:
             )
         longest = max(cache.lengths) + 1
         self._require_fits(longest)
-        decoder = self._decoder(len(cache.lengths), longest)
+        positions = kwargs.get("position_ids")
+        axes = () if positions is None else positions.shape[:-2]
+        decoder = self._decoder(len(cache.lengths), longest, axes)
         cache.extend([length + 1 for length in cache.lengths])
-        output = decoder.step(cache, tokens, kwargs.get("position_ids"))
+        output = decoder.step(cache, tokens, positions)
         cache.advance()
         # A copy, since the next step writes the logits anew.
         logits = output.logits[: tokens.shape[0]].clone()
         return type(output)(logits=logits, **{CACHE: cache})
 
-    def _decoder(self, rows: int, longest: int) -> Decoder:
+    def _decoder(self, rows: int, longest: int, axes: tuple[int, ...]) -> Decoder:
         size = _bucket(rows, self.max_batch_size)
         most = self._length_bucket(size, longest)
         kind = self.device.type
         # What is cast is captured.
         casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        decoder = self._decoders.get((size, most, casts))
+        key = (size, most, axes, casts)
+        decoder = self._decoders.get(key)
         if decoder is None:
-            decoder = self._decoders[size, most, casts] = Decoder(self, size, most)
+            decoder = self._decoders[key] = Decoder(self, size, most, axes)
         return decoder
 
     def _length_bucket(self, rows: int, longest: int) -> int:
@@ -542,11 +548,9 @@ class Engine:
         for name in CACHE_NAMES:
             if isinstance(cache := model_kwargs.get(name), RaggedCache):
                 cache.looked = 0  # another turn of a chat
-        positions = model_kwargs.get("position_ids")
         ours = (
             self._is_installed
             and self._model.device == self.device
-            and (positions is None or positions.dim() == 2)
             and generation_mode.value in ("greedy_search", "sample")
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in _DEFAULT_CACHES
@@ -621,7 +625,8 @@ def _by_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def _packed(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    return x.reshape(-1) if real is None else x[real]
+    """``[..., batch, tokens]`` as ``[..., tokens]``: those that are real, row after row."""
+    return x.flatten(-2) if real is None else x[..., real]
 
 
 def _logits_wanted(

@@ -141,6 +141,8 @@ def _begin(
     rows, width = tokens.shape
     engine.order.lead()
     engine.check_step(rows_of, tokens, positions)
+    if positions is not None and positions.dim() > 2:
+        raise ConfigError("a model that is compiled as a whole takes position_ids [batch, tokens]")
     if engine.look_at_model(rows_of):
         raise ConfigError("the model was changed since it was compiled: call it again")
     real, counts = engine.real_tokens(rows_of, tokens, mask, decode=rows_of.is_decode(width))
