@@ -756,3 +756,51 @@ def test_threads_run_while_the_last_pool_waits_for_the_device() -> None:
     thread.join(DEADLINE_S)
     calls = rig.backend.calls()
     assert calls["create"] == calls["destroy"]
+
+
+# ---- a device that has less than the budget ----
+
+
+def test_a_full_device_waits_for_what_others_give_back() -> None:
+    rig = Rig("cpu", timeout_s=DEADLINE_S)
+    rig.kv.allocate(16).free()
+    rig.backend.block("destroy")
+    reclaim = threading.Thread(target=rig.pool.reclaim, daemon=True)
+    reclaim.start()
+    assert rig.backend.wait_blocked("destroy")
+    rig.backend.arm("create", 1, "out_of_memory")  # as long as those pages are not destroyed
+    made: list[va.Sequence] = []
+    errors: list[va.OutOfPages] = []
+
+    def allocate() -> None:
+        try:
+            made.append(rig.kv.allocate(8))
+        except va.OutOfPages as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=allocate, daemon=True)
+    thread.start()
+    thread.join(0.05)
+    rig.backend.unblock("destroy")
+    for waiting in (thread, reclaim):
+        waiting.join(DEADLINE_S)
+        assert not waiting.is_alive()
+    assert (len(made), errors) == (1, [])
+    rig.kv.check()
+
+
+def test_a_full_device_is_tried_again_when_others_have_given_back_meanwhile() -> None:
+    rig = Rig("cpu", timeout_s=DEADLINE_S)
+    rig.kv.allocate(16).free()
+    rig.backend.block("create")
+    made: list[va.Sequence] = []
+    thread = threading.Thread(target=lambda: made.append(rig.another().allocate(8)), daemon=True)
+    thread.start()
+    assert rig.backend.wait_blocked("create")
+    # All that there is goes back while the driver is about to say that it is full.
+    rig.pool.set_budget(4 * rig.page)
+    rig.backend.arm("create", 1, "out_of_memory")
+    rig.backend.unblock("create")
+    thread.join(DEADLINE_S)
+    assert len(made) == 1
+    rig.pool.check()

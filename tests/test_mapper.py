@@ -897,3 +897,30 @@ def test_mappings_of_freed_slots_make_room_where_the_driver_takes_no_more() -> N
     kv.step({live: 100})
     assert live.length == 100
     kv.check()
+
+
+def test_what_the_device_still_has_is_kept_free_where_it_has_less_than_the_low_watermark() -> None:
+    backend = _core.FaultyBackend(_core.host_backend(4096))
+    Rig.backends.append(backend)
+    backend.arm("create", 5, "out_of_memory")
+    pool = va.Pool(400 * 4096, backend=backend, low_watermark=10 * 4096)
+    until(lambda: pool.stats().free_bytes == 4 * 4096, "what could be had is free")
+    assert pool.stats().creates == 4
+    assert "destroy" not in backend.calls()
+    pool.check()
+
+
+def test_the_thread_takes_nothing_of_a_full_device_while_a_call_tries_again() -> None:
+    rig = Rig(low_watermark=4)
+    until(lambda: rig.pool.stats().free_bytes == 4 * rig.page, "the pool is filled")
+    creates = rig.calls("create")
+    rig.backend.arm("create", 1, "out_of_memory")
+    rig.backend.block("map")
+    call = Call(lambda: rig.kv.allocate(16))
+    assert rig.backend.wait_blocked("map", DEADLINE_S)  # the four pages have gone back
+    call.must_be_waiting()
+    assert rig.calls("create") == creates + 1 + REGIONS  # the one that failed, and the call's own
+    rig.backend.unblock("map")
+    call.finish()
+    until(lambda: rig.pool.stats().free_bytes == 4 * rig.page, "the pool is filled again")
+    rig.kv.check()

@@ -198,6 +198,7 @@ class Allocator {
     std::size_t bytes = 0;
     std::size_t mappings = 0;
     bool removes_guard = false;
+    std::uint64_t gains = 0;  // the pool's, when it was carried out and not yet booked
   };
   enum class Generosity : std::uint8_t { exact, rounded, ahead };
 

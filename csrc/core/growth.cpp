@@ -1,6 +1,7 @@
 // How sequences get memory: a plan is made (pure arithmetic over the runs), the pool is asked
 // whether it can be met, the driver does it without the lock, and only then is it booked.
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "core/allocator.h"
@@ -184,6 +185,7 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller call
     clearing = false;
   }
   lock.lock();
+  growth.gains = pool_->gains();
   if (clearing) {
     for (const Change& change : growth.changes) note_clearing(slots_[change.slot], stream);
   }
@@ -240,7 +242,8 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
   const Claims claims{slots_, targets};
   std::vector<std::uint64_t> generations;
   for (const Target& target : targets) generations.push_back(slots_[target.slot].generation);
-  bool driver_was_full = false;
+  // Made when the driver is full: what is given back then is not for the mapper.
+  std::optional<Pool::GivingBack> driver_was_full;
 
   // Each time that the lock has been dropped, everything is looked at anew.
   for (;;) {
@@ -291,13 +294,19 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
         execute(lock, growth, stream, readers ? Caller::step : Caller::allocation);
     if (status.ok()) continue;
     if (status.kind != Status::Kind::out_of_memory) throw_status(backend(), status);
-    // The device has less than the budget. Once: what is idle here may help, or asking for less.
+    // The device has less than the budget. What others carry may come back, or has meanwhile.
+    const bool news = !patience.has_seen(growth.gains);
+    if ((news || pool_->working()) && patience.looks_again()) {
+      if (!news) pool_->wait_for_change(lock);
+      continue;
+    }
+    // What is idle here may help, or asking for less.
+    if (!driver_was_full) driver_was_full.emplace(*pool_);
     (void)pool_->bury_again(lock);
     const bool asked_for_more = plan(targets, Generosity::exact).bytes < growth.bytes;
-    if (driver_was_full || (pool_->give_back_idle(lock) == 0 && !asked_for_more)) {
+    if (pool_->give_back_idle(lock) == 0 && !asked_for_more) {
       throw_device_full(growth.bytes, status);
     }
-    driver_was_full = true;
   }
 }
 

@@ -492,17 +492,6 @@ std::size_t Pool::give_back_idle(Lock& lock) {
   return shrink(lock, 0);
 }
 
-// While it lives, under the lock, the background thread neither refills the pool nor maps ahead.
-struct Pool::GivingBack {
-  explicit GivingBack(Pool& of) noexcept : pool(of) { ++pool.giving_back_; }
-  ~GivingBack() {
-    if (--pool.giving_back_ == 0 && pool.mapper_ != nullptr) pool.mapper_->wake();
-  }
-  GivingBack(const GivingBack&) = delete;
-  GivingBack& operator=(const GivingBack&) = delete;
-  Pool& pool;
-};
-
 std::size_t Pool::reclaim() {
   Lock guard = lock();
   const GivingBack giving_back(*this);

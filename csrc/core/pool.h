@@ -181,6 +181,19 @@ class Pool {
   // Something was given up, or may be had: who waits for a fence looks again at what there is.
   void gain() noexcept { ++gains_; }
   [[nodiscard]] std::uint64_t gains() const noexcept { return gains_; }
+  // While it lives, under the lock, the background thread neither refills the pool nor maps ahead.
+  class GivingBack {
+   public:
+    explicit GivingBack(Pool& pool) noexcept : pool_(pool) { ++pool_.giving_back_; }
+    ~GivingBack() {
+      if (--pool_.giving_back_ == 0) pool_.wake_mapper();
+    }
+    GivingBack(const GivingBack&) = delete;
+    GivingBack& operator=(const GivingBack&) = delete;
+
+   private:
+    Pool& pool_;
+  };
   // Whether memory is on its way back to the driver by somebody's wish.
   [[nodiscard]] bool is_giving_back() const noexcept { return giving_back_ > 0; }
   [[nodiscard]] bool a_fence_passed();
@@ -190,7 +203,6 @@ class Pool {
  private:
   friend class Mapper;
   class Use;
-  struct GivingBack;
   Pool(std::shared_ptr<Backend> backend, const PoolConfig& config);
   [[noreturn]] static void throw_inherited();
   void require_a_page(std::size_t budget) const;

@@ -69,9 +69,8 @@ Status Work::run(Backend& backend) noexcept {
 }
 
 Status Work::build(Backend& backend, Progress& progress) noexcept {
-  for (; progress.created < creates.size(); ++progress.created) {
-    const Status status = create_extent(backend, *creates[progress.created]);
-    if (!status.ok()) return status;
+  for (Extent* extent : creates) {
+    if (const Status status = create_extent(backend, *extent); !status.ok()) return status;
   }
   for (; progress.filled < pieces.size(); ++progress.filled) {
     Piece& piece = pieces[progress.filled];
@@ -108,7 +107,6 @@ void Work::undo(Backend& backend, const Progress& progress) noexcept {
       destroy_extent(backend, *piece.extent);
     }
   }
-  for (std::size_t i = 0; i < progress.created; ++i) destroy_extent(backend, *creates[i]);
   for (std::size_t i = 0; i < progress.displaced; ++i) {
     const Piece& piece = displaced[i];
     const std::size_t bytes = piece.extent->pages() * backend.page_bytes();

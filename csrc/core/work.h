@@ -2,9 +2,9 @@
 //
 // Owns: the extents it carries, from the moment they are put in until it is settled.
 // Always true: run() first unmaps and destroys, then creates, takes displaced guards away, maps,
-// gives access and clears. If anything from creating on fails, all of that is undone, so the pieces
-// are either all there or all gone; unmaps and destroys stay done as far as they got, which
-// `unmapped` and `destroyed` tell.
+// gives access and clears. If anything from creating on fails, all that became of the pieces is
+// undone, so they are either all there or all gone; unmaps, destroys and `creates` stay done as far
+// as they got, which `unmapped`, `destroyed` and the handles tell.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +51,6 @@ struct Work {
  private:
   // How far building came, so that undoing knows what there is to undo.
   struct Progress {
-    std::size_t created = 0;    // of `creates`
     std::size_t filled = 0;     // of `pieces`, those with a handle
     std::size_t displaced = 0;  // of `displaced`
     std::size_t mapped = 0;     // of `pieces`
