@@ -853,8 +853,63 @@ def test_the_thread_sleeps_once_every_fence_has_passed() -> None:
     until(lambda: wakes_of_other_threads(0.1) <= 3, "the thread sleeps")
 
 
+@on_every_device
+def test_the_thread_is_not_woken_for_a_guard_that_it_leaves_alone(device: str) -> None:
+    rig = Rig(device, slack=24)
+    sequence = rig.kv.allocate(4)  # its slack is a guard: a step has to take it away
+    until(lambda: wakes_of_other_threads(0.05) <= 3, "the thread sleeps")
+
+    def steps() -> None:
+        for _ in range(100):
+            rig.kv.step({sequence: 8})
+            time.sleep(0.001)
+
+    assert wakes_of_other_threads_during(steps) <= 10
+    assert any(mapping[5] == "read" for mapping in rig.kv.mappings())
+    assert rig.kv.stats().waited_steps == 0
+    rig.kv.check()
+
+
+@on_every_device
+def test_the_thread_is_not_woken_for_memory_that_it_did_not_find(device: str) -> None:
+    rig = Rig(device, budget_pages=2 * REGIONS)
+    sequence = rig.short_sequence()
+    until(lambda: wakes_of_other_threads(0.05) <= 3, "the thread sleeps")
+    rig.kv.step({sequence: 5})
+    until(lambda: rig.kv.stats().ahead_failures == 1, "the failure is counted")
+
+    def steps() -> None:
+        for _ in range(100):
+            rig.kv.step({sequence: 5})
+            time.sleep(0.001)
+
+    assert wakes_of_other_threads_during(steps) <= 10
+    assert rig.kv.stats().ahead_failures == 1
+    rig.pool.set_budget(20 * rig.page)
+    rig.kv.step({sequence: 5})
+    until(lambda: rig.pages(sequence) == 3, "the thread maps ahead of it")
+    rig.kv.check()
+
+
+def test_the_thread_looks_again_where_a_fence_may_have_passed() -> None:
+    rig = Rig(budget_pages=4 * REGIONS)
+    sequence, freed = rig.short_sequence(), rig.short_sequence()
+    rig.backend.hold_fences()
+    freed.free()
+    rig.kv.step({sequence: 5})
+    until(lambda: rig.kv.stats().ahead_failures > 0, "the failure is counted")
+    rig.backend.release_fences()
+    rig.kv.step({sequence: 5})
+    until(lambda: rig.pages(sequence) == 3, "the thread maps ahead of it")
+    rig.kv.check()
+
+
 def wakes_of_other_threads(duration_s: float) -> int:
     """How often threads that live all that time, and are not this one, have gone to sleep."""
+    return wakes_of_other_threads_during(lambda: time.sleep(duration_s))
+
+
+def wakes_of_other_threads_during(function: Callable[[], None]) -> int:
 
     def counts() -> dict[str, int]:
         found = {}
@@ -867,7 +922,7 @@ def wakes_of_other_threads(duration_s: float) -> int:
         return found
 
     before = counts()
-    time.sleep(duration_s)
+    function()
     after = counts()
     return sum(after[task] - count for task, count in before.items() if task in after)
 

@@ -136,7 +136,8 @@ std::int64_t Allocator::mapped_tokens(const Slot& slot) const noexcept {
   return tokens;
 }
 
-// Recomputes up to which length the slot's sequence needs no work.
+// Recomputes up to which length the slot's sequence needs no work, and from which one on the mapper
+// has some: guards, and so what lies behind them, it leaves to the steps.
 void Allocator::refresh(std::uint32_t index) noexcept {
   const Slot& slot = slots_[index];
   if (slot.state != SlotState::live || closed_) {
@@ -145,29 +146,36 @@ void Allocator::refresh(std::uint32_t index) noexcept {
     return;
   }
   std::int64_t ready = config_.max_seq_len;
+  std::int64_t growable = config_.max_seq_len;  // the same, of what the mapper can do more for
   for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
     const Run& run = slot.runs[r];
     const std::size_t clean = std::min(run.end, run.clean_end);
-    ready = std::min(ready, tokens_in(r, clean));
-    if (config_.tail_slack_tokens == 0) continue;
-    const std::size_t cover =
-        run.guarded && clean == run.end ? run.end + config_.guard_pages : clean;
-    if (cover < pages_for(r, config_.max_seq_len)) {
+    const bool guarded = run.guarded && clean == run.end;
+    std::int64_t tokens = tokens_in(r, clean);
+    const std::size_t cover = guarded ? run.end + config_.guard_pages : clean;
+    if (config_.tail_slack_tokens > 0 && cover < pages_for(r, config_.max_seq_len)) {
       const auto rows =
           static_cast<std::int64_t>(cover * page_bytes_ / config_.regions[r].row_bytes);
-      ready = std::min(ready, std::max<std::int64_t>(0, rows - config_.tail_slack_tokens));
+      tokens = std::min(tokens, std::max<std::int64_t>(0, rows - config_.tail_slack_tokens));
     }
+    ready = std::min(ready, tokens);
+    if (!guarded) growable = std::min(growable, tokens);
   }
   ready_[index] = ready;
-  if (ready >= config_.max_seq_len || config_.lookahead_tokens == 0) {
+  if (growable >= config_.max_seq_len || config_.lookahead_tokens == 0) {
     soft_[index] = kNever;
     return;
   }
-  soft_[index] = std::max<std::int64_t>(0, ready - config_.lookahead_tokens);
+  soft_[index] = std::max<std::int64_t>(0, growable - config_.lookahead_tokens);
   // What it is expected to need is there: no more until it is longer than that.
-  if (slot.expected > 0 && ready >= slot.expected) {
+  if (slot.expected > 0 && growable >= slot.expected) {
     soft_[index] = std::max(soft_[index], slot.expected);
   }
+}
+
+// Where it has found no room, there is none before something is gained.
+void Allocator::wake_mapper() noexcept {
+  if (full_at_ != pool_->gains()) pool_->wake_mapper();
 }
 
 // The length up to which a sequence of so many tokens may have memory ahead of its needs.
@@ -381,7 +389,7 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
   for (std::uint32_t i = begin; i < begin + count; ++i) {
     lengths_[i] = tokens;
     counters_.adoptions += states[i - begin] == SlotState::cached ? 1U : 0U;
-    if (tokens > soft_[i]) pool_->wake_mapper();
+    if (tokens > soft_[i]) wake_mapper();
   }
   trace(1, "allocate", begin, count, tokens);
   audit();
@@ -408,7 +416,7 @@ bool Allocator::try_step(const std::int64_t* lengths, std::size_t count) noexcep
   if (refused != 0) return false;
   for (std::size_t i = 0; i < count; ++i) lengths_[i] = lengths[i] > 0 ? lengths[i] : lengths_[i];
   ++counters_.steps;
-  if (ahead != 0) pool_->wake_mapper();
+  if (ahead != 0) wake_mapper();
   return true;
 }
 
@@ -473,7 +481,7 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
     ahead = ahead || tokens > soft_[id.slot];
   }
   ++counters_.steps;
-  if (ahead) pool_->wake_mapper();
+  if (ahead) wake_mapper();
   audit();
 }
 

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -216,6 +217,8 @@ class Allocator {
                                          std::int64_t growth_tokens) const noexcept;
   [[nodiscard]] std::int64_t most_tokens(std::uint32_t slot, std::int64_t tokens) const noexcept;
   void refresh(std::uint32_t slot) noexcept;
+  // For growth that is to come.
+  void wake_mapper() noexcept;
   // Until it is refreshed, no growth of the slot's sequence is ready: what it would use is going.
   void hold_back(std::uint32_t slot) noexcept;
   [[nodiscard]] static bool has_retired_tail(const Slot& slot) noexcept;
@@ -330,6 +333,7 @@ class Allocator {
   std::uint64_t clock_ = 0;
   std::size_t retired_entries_ = 0;  // over all slots
   std::size_t clearing_slots_ = 0;
+  std::optional<std::uint64_t> full_at_;  // the pool's gains when the mapper last found no room
   AllocatorStats counters_;
 };
 

@@ -37,7 +37,9 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   const std::size_t end = run.empty() ? front : run.end;
   const bool guarded = run.guarded;
   std::size_t back_to = end;
-  if (owned > end || (covered > end && !guarded)) {
+  // The mapper leaves guards in their places: kernels may be reading them.
+  const bool grows = !guarded || generosity != Generosity::ahead;
+  if (grows && (owned > end || (covered > end && !guarded))) {
     back_to = std::max(end, owned);
     if (generosity != Generosity::exact) {
       // Slack is real memory as far as that does not cost more than the tokens themselves.
@@ -58,8 +60,6 @@ void Allocator::plan_run(Growth& growth, const Target& target, std::uint32_t reg
   // Clean: what the tokens and their slack need of the old part, and all of the new.
   const std::size_t clean = run.empty() ? front : std::min(run.clean_end, end);
   change.clean_to = back_to > end ? back_to : std::max(clean, std::min(end, covered));
-  if (generosity == Generosity::ahead && change.remove_guard) return;
-
   if (back_to == end && change.clean_to == clean && !change.add_guard) return;
   for (std::size_t pages = back_to - end; pages > 0; ++change.pieces) {
     const std::uint8_t order = std::min(max_order_, order_within(pages));
@@ -374,6 +374,7 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
 // Returns whether anything was done; a lack of memory is not an error here.
 bool Allocator::map_ahead(Lock& lock, Stream stream) {
   if (closed_ || config_.lookahead_tokens == 0 || pool_->is_giving_back()) return false;
+  if (full_at_ == pool_->gains()) return false;
   std::vector<std::uint32_t> short_of_memory;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
@@ -403,12 +404,16 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
   if (growth.changes.empty()) return false;
   if (growth.bytes > pool_->available_bytes()) {
     // What freed sequences left behind makes room, so that no step has to wait for that either.
+    const std::uint64_t gains = pool_->gains();
     if (pool_->reclaim_some(lock, growth.bytes - pool_->available_bytes(), nullptr)) return true;
     ++counters_.ahead_failures;
+    // That a fence has passed is no gain before somebody has looked.
+    if (pool_->late_allocator() == nullptr) full_at_ = gains;
     return false;
   }
   if (!pool_->has_mappings(growth.mappings)) {
     ++counters_.ahead_failures;
+    full_at_ = pool_->gains();
     return false;
   }
   const std::size_t mappings = growth.mappings;
