@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import array
 import contextlib
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -804,3 +806,49 @@ def test_a_full_device_is_tried_again_when_others_have_given_back_meanwhile() ->
     thread.join(DEADLINE_S)
     assert len(made) == 1
     rig.pool.check()
+
+
+def test_threads_run_while_a_call_waits_for_one_that_puts_a_fence_into_a_stream() -> None:
+    # In a process of its own: where a call waits with the GIL held, nobody opens the gate again.
+    script = """
+import array, threading
+import torch
+import vattention as va
+from vattention import _core
+
+backend = _core.FaultyBackend(_core.host_backend(4096))
+pool = va.Pool(100 * 4096, backend=backend, background=False)
+layout = va.KVLayout(num_layers=1, num_kv_heads=1, head_dim=64, dtype=torch.float32)
+kv = va.KVAllocator(layout, max_sequences=8, max_seq_len=64, pool=pool)
+kv.allocate(8)
+lengths = torch.zeros(8, dtype=torch.int64)
+lengths[0] = 8
+outlived = va.KVAllocator(layout, max_sequences=1, max_seq_len=64, pool=pool)
+tensors = [outlived.layer(0)]
+outlived.close()
+for call in (
+    lambda: kv.step(array.array("q", lengths.tolist())),
+    lambda: kv.step(lengths),
+    kv.stats,
+    kv.mappings,
+    pool.stats,
+    tensors.clear,
+):
+    sequence = kv.allocate(8)
+    backend.block("record")
+    freeing = threading.Thread(target=sequence.free, daemon=True)
+    freeing.start()
+    assert backend.wait_blocked("record")
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    calling.join(0.05)
+    assert calling.is_alive()
+    backend.unblock("record")
+    freeing.join()
+    calling.join()
+print(kv.stats().steps, kv.stats().waited_steps)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2 0\n", "")

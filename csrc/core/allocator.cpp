@@ -400,7 +400,11 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
 
 bool Allocator::try_step(const std::int64_t* lengths, std::size_t count) noexcept {
   if (pool_->inherited()) return false;  // step says why
-  const Lock lock = pool_->lock();
+  const Lock lock = pool_->try_lock();
+  return lock && step_idly(lengths, count);
+}
+
+bool Allocator::step_idly(const std::int64_t* lengths, std::size_t count) noexcept {
   if (count > slots_.size()) return false;
   if (clearing_slots_ > 0) return false;  // the stream may have to wait for that
   // Branch-free, so that the compiler makes vector code of both passes.
@@ -429,6 +433,7 @@ void Allocator::step(const std::int64_t* lengths, std::size_t count, Stream stre
       throw ConfigError("there are " + std::to_string(slots_.size()) +
                         " slots; lengths has an entry for each, not " + std::to_string(count));
     }
+    if (step_idly(lengths, count)) return;  // try_step did not get the lock
     for (std::uint32_t i = 0; i < count; ++i) {
       if (lengths[i] == 0) continue;
       require_length(lengths[i]);

@@ -102,7 +102,8 @@ class Allocator {
                                                  Stream stream, std::int64_t expected_tokens = 0);
 
   // lengths[slot] is the slot's length after the step; 0 leaves the slot alone.
-  // The whole step, if nothing is to be mapped and nothing is wrong; else false and no change.
+  // The whole step, if nothing is to be mapped, nothing is wrong and nobody has the pool's lock;
+  // else false and no change.
   [[nodiscard]] bool try_step(const std::int64_t* lengths, std::size_t count) noexcept;
   // Any step. Throws StaleSequence, SequenceTooLong, ConfigError, OutOfPages, BackendFailure.
   void step(const std::int64_t* lengths, std::size_t count, Stream stream);
@@ -229,6 +230,9 @@ class Allocator {
   [[nodiscard]] Slot& require_live(SequenceId id);
   void require_length(std::int64_t tokens) const;
   void wait_idle(Lock& lock, std::uint32_t slot);
+
+  // A step that needs nothing; else false and no change.
+  [[nodiscard]] bool step_idly(const std::int64_t* lengths, std::size_t count) noexcept;
 
   // Slots.
   [[nodiscard]] bool quiescent(Slot& slot);

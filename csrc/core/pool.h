@@ -4,10 +4,12 @@
 // the one background thread (Mapper).
 // Always true, under the lock: held_bytes <= budget_bytes; each extent that counts into held_bytes
 // is free, owned by mappings, or carried by a Work in flight; free_bytes is what the free lists sum
-// to. The lock is never held over a call that waits for the GPU.
+// to. The lock is held over no call that waits for the GPU, but for those that put a fence or a
+// wait into a stream: they wait while its queue is full.
 //
 // Threads: every public method of Pool and Allocator may be called from any thread. Methods that
-// take a Lock expect the pool's own lock in it, held.
+// take a Lock expect the pool's own lock in it, held. Nobody waits for the lock with the GIL held:
+// what fills a stream's queue may need the GIL to let it go on.
 #pragma once
 
 #include <array>
@@ -100,6 +102,8 @@ class Pool {
     if (inherited()) throw_inherited();
     return Lock(mutex_);
   }
+  // A lock that is not held where somebody else has it.
+  [[nodiscard]] Lock try_lock() const noexcept { return {mutex_, std::try_to_lock}; }
   // Whether this is a forked child of that process: nothing here may be touched then, not even to
   // destroy it.
   [[nodiscard]] bool inherited() const noexcept { return fork_count() != made_at_fork_; }

@@ -2,7 +2,6 @@
 #include <pybind11/stl.h>
 
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -54,21 +53,14 @@ class Lengths {
 // Ending them may wait for the GPU, so other threads of Python run meanwhile: what the GPU waits
 // for may be one of them. The last owner may be a tensor, which goes with the GIL held, or a thread
 // without it.
-template <typename End>
-void end_without_gil(End end) {
-  std::optional<NoGil> no_gil;
-  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) no_gil.emplace();
-  end();
-}
-
 void destroy(Allocator* allocator) {
-  end_without_gil([allocator] { std::unique_ptr<Allocator>(allocator).reset(); });
+  call_without_gil([allocator] { std::unique_ptr<Allocator>(allocator).reset(); });
 }
 
 std::shared_ptr<Pool> ended_without_gil(std::shared_ptr<Pool> pool) {
   Pool* address = pool.get();
   return {address,
-          [pool = std::move(pool)](Pool*) mutable { end_without_gil([&pool] { pool.reset(); }); }};
+          [pool = std::move(pool)](Pool*) mutable { call_without_gil([&pool] { pool.reset(); }); }};
 }
 
 void bind_pool(py::module_& module) {
@@ -91,7 +83,7 @@ void bind_pool(py::module_& module) {
       .def("check", &Pool::check, WithoutGil())
       .def("stop", &Pool::stop, WithoutGil())
       .def("stats", [](const Pool& pool) {
-        const PoolStats s = pool.stats();
+        const PoolStats s = call_without_gil([&] { return pool.stats(); });
         py::dict d;
         d["budget_bytes"] = s.budget_bytes;
         d["held_bytes"] = s.held_bytes;
@@ -107,7 +99,7 @@ void bind_pool(py::module_& module) {
 }
 
 py::dict allocator_stats(const Allocator& allocator) {
-  const AllocatorStats s = allocator.stats();
+  const AllocatorStats s = call_without_gil([&] { return allocator.stats(); });
   py::dict d;
   d["reserved_bytes"] = s.reserved_bytes;
   d["live_bytes"] = s.live_bytes;
@@ -128,7 +120,7 @@ py::dict allocator_stats(const Allocator& allocator) {
 
 py::list mapping_list(const Allocator& allocator) {
   py::list all;
-  for (const MappingInfo& m : allocator.mappings()) {
+  for (const MappingInfo& m : call_without_gil([&] { return allocator.mappings(); })) {
     all.append(py::make_tuple(m.slot, m.region, m.address, m.bytes, m.handle,
                               m.access == Access::read ? "read" : "read_write"));
   }

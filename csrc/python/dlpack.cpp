@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "python/no_gil.h"
+
 namespace py = pybind11;
 
 namespace vattention {
@@ -45,7 +47,7 @@ struct Export {
 
 void release_export(DLManagedTensor* managed) {
   const std::unique_ptr<Export> owned(static_cast<Export*>(managed->context));
-  owned->owner->note_outlived();
+  call_without_gil([&owned] { owned->owner->note_outlived(); });
 }
 
 void drop_unused_capsule(PyObject* capsule) {

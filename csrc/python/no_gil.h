@@ -9,6 +9,8 @@
 #include <Python.h>
 #include <unistd.h>
 
+#include <optional>
+
 namespace vattention {
 
 class NoGil {
@@ -37,5 +39,13 @@ class NoGil {
   const bool at_end_;  // then this is the thread that ends the interpreter
   PyThreadState* const state_;
 };
+
+// Calls it without the GIL, which a thread that is not Python's does not have in the first place.
+template <typename Function>
+auto call_without_gil(Function function) {
+  std::optional<NoGil> no_gil;
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) no_gil.emplace();
+  return function();
+}
 
 }  // namespace vattention
