@@ -486,8 +486,10 @@ def test_every_stream_that_clears_is_waited_for_by_the_next_that_uses_the_slot()
     rig.backend.hold_fences()
     ((slot, generation),) = core.allocate(1, 8, 1)  # cleared on stream 1, which is busy
     assert not core.try_step_lengths(lengths)  # though nothing is to be mapped
+    assert core.stats()["waited_steps"] == 0
     core.step_lengths(lengths, 2)
     assert waits()
+    assert core.stats()["waited_steps"] == 1
     core.step_sequences([(slot, generation, 16)], 3)  # clears more, on stream 3
     assert waits()
     core.step_sequences([(slot, generation, 16)], 1)

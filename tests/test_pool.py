@@ -493,6 +493,29 @@ def test_sizes_are_not_exchanged_while_the_budget_has_room(device: str) -> None:
     assert pages(pool, "free_bytes") == 8
 
 
+def test_calls_are_counted_as_the_driver_sees_them() -> None:
+    backend = _core.FaultyBackend(_core.host_backend(HOST_PAGE_BYTES))
+    pool = make_pool("cpu", 64, backend=backend)
+
+    def assert_counted() -> None:
+        stats, calls = pool.stats(), backend.calls()
+        figures = {"create": stats.creates, "map": stats.maps, "unmap": stats.unmaps}
+        assert figures == {call: calls.get(call, 0) for call in figures}
+
+    slots = Slots(pool, tail_slack_tokens=64)
+    assert_counted()  # its guard has been mapped once, to be cleared
+    seq = slots.kv.allocate(1)
+    assert any(access == "read" for *_, access in slots.kv.mappings())
+    slots.grow(seq, 20)  # the guard makes room
+    assert_counted()
+    seq.trim(0)
+    slots.allocate(3)
+    slots.kv.close()
+    del slots, seq
+    assert_counted()
+    assert pool.stats().mappings == 0
+
+
 # ---- settings ----
 
 

@@ -72,7 +72,7 @@ class KVStats:
     steps: int
     """Steps done, since the allocator was made; so are the counts below."""
     waited_steps: int
-    """Steps that called the driver or waited for the background thread, those that failed too."""
+    """Steps that mapped memory, or waited for that or for its clearing, those that failed too."""
     ahead_mappings: int
     """Mappings made by the background thread before a step needed them."""
     ahead_failures: int

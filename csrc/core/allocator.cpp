@@ -466,13 +466,18 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
   const bool ready = std::all_of(targets.begin(), targets.end(), [&](const Target& target) {
     return target.tokens <= ready_[target.slot];
   });
+  bool clearing = false;
   if (clearing_slots_ > 0) {
     for (Slot& slot : slots_) (void)is_clearing(slot);
+    clearing = std::any_of(targets.begin(), targets.end(),
+                           [&](const Target& target) { return slots_[target.slot].clearing; });
+  }
+  if (!ready || clearing) ++counters_.waited_steps;
+  if (clearing) {
     // Before anything is grown, since it may fail.
     for (const Target& target : targets) await_clearing(slots_[target.slot], stream);
   }
   if (!ready) {
-    ++counters_.waited_steps;
     Patience patience = this->patience();
     grow(lock, targets, stream, true, patience);
     for (const Target& target : targets) {  // what others have begun to clear meanwhile

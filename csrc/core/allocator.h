@@ -61,7 +61,7 @@ struct AllocatorStats {
   std::size_t free_slots = 0;
   std::int64_t live_tokens = 0;
   std::uint64_t steps = 0;
-  std::uint64_t waited_steps = 0;    // steps that called the driver or waited for the mapper
+  std::uint64_t waited_steps = 0;    // those that mapped, or waited for that or a clearing
   std::uint64_t ahead_mappings = 0;  // made by the background thread
   std::uint64_t ahead_failures = 0;
   std::uint64_t adoptions = 0;

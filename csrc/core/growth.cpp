@@ -463,7 +463,7 @@ void Allocator::make_guard() {
   pool_->announce();
   if (status.kind == Status::Kind::out_of_memory) throw_device_full(bytes, status);
   if (!status.ok()) throw_status(backend(), status);
-  pool_->count_unmapped(1);
+  pool_->count_unmapped();
   guard_ = work.pieces[0].extent;
 }
 

@@ -236,7 +236,9 @@ void Pool::settle(const Work& work, bool built) {
     }
   }
   for (const Work::Piece& piece : work.displaced) {
-    if (built) release(piece.extent);
+    if (!built) break;
+    release(piece.extent);
+    ++counters_.unmaps;
   }
   counters_.unmaps += work.unmapped;
   // What could not be unmapped is no news: who waits would try it again at once.
@@ -296,6 +298,7 @@ bool Pool::bury(Remains remains) {
   {
     Lock guard = lock();
     for (std::size_t i = 0; i < remains.parts.size(); ++i) {
+      counters_.unmaps += unmapped[i] ? 1U : 0U;
       for (Extent* extent : remains.parts[i].extents) {
         if (unmapped[i]) {
           release(extent);

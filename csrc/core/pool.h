@@ -141,8 +141,11 @@ class Pool {
   bool bury(Remains remains);
   // Tries again what could not be buried; drops the lock meanwhile. Returns whether any was.
   bool bury_again(Lock& lock);
-  // As settle() does not know of them: mappings that are gone.
-  void count_unmapped(std::size_t mappings) noexcept { mappings_ -= mappings; }
+  // As settle() does not know of it: a mapping of its own call that is gone.
+  void count_unmapped() noexcept {
+    --mappings_;
+    ++counters_.unmaps;
+  }
 
   // Between these, somebody carries extents without the lock.
   void begin_work() noexcept { ++working_; }
