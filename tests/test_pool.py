@@ -281,6 +281,43 @@ def test_idle_memory_above_the_high_watermark_goes_back(
     pool.check()
 
 
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("operation", ["trim", "trim_front"])
+def test_memory_that_a_live_sequence_gives_up_is_idle_too(
+    device: str, operation: str, background: bool
+) -> None:
+    pool = make_pool(device, 64, max_extent=1, high=2, background=background)
+    slots = Slots(pool)
+    seq = slots.allocate(16)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    if operation == "trim":
+        seq.trim(2 * slots.page_tokens)
+    else:
+        seq.trim_front(14 * slots.page_tokens)
+    if device == "cpu" and not background:
+        assert pages(pool, "held_bytes") == 4
+    if device == "cuda":
+        torch.cuda.synchronize()
+        seq.trim(seq.length)  # another occasion to look
+    until(lambda: pages(pool, "held_bytes") == 4)
+    pool.check()
+
+
+def test_the_high_watermark_is_kept_when_surplus_is_taken_from_a_live_sequence() -> None:
+    pool = make_pool("cpu", 20, max_extent=4, background=True)
+    slots = Slots(pool)
+    slots.allocate(16).free()
+    live = slots.allocate(0)  # has adopted it all
+    pool.set_watermarks(high=0)
+    assert slots.extents() == [4] * 4
+    other = slots.allocate(8)
+    assert live.alive
+    until(lambda: pages(pool, "held_bytes") == 8)
+    assert slots.holds(other, 0)
+    pool.check()
+
+
 def test_a_high_watermark_of_zero_keeps_nothing_idle(device: str) -> None:
     pool = make_pool(device, 64)
     slots = Slots(pool)

@@ -499,7 +499,7 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
 
 // An idle stream has passed the fence already; what a busy one has not is left to the mapper.
 void Allocator::collect_retired(Lock& lock) {
-  (void)pool_->collect(lock);
+  if (pool_->collect(lock)) pool_->keep_watermarks(lock);
   if (retired_entries_ > 0) pool_->wake_mapper();
   audit();
 }

@@ -146,6 +146,7 @@ void Pool::disown(Extent* extent) {
   if (--extent->owners > 0) return;
   extent->dirty = true;
   put_free(extent);
+  if (config_.high_bytes < config_.budget_bytes) wake_mapper();  // it may be too much now
 }
 
 void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
