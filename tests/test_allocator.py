@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -1071,6 +1072,25 @@ def test_guard_goes_with_the_sequence_that_was_trimmed_to_its_end(device: str) -
         kv.step({again: 10 * u})
         assert tails_are_zero(kv, again, 4 * u)
         kv.check()
+
+
+def test_nobody_meets_a_guard_before_its_allocator() -> None:
+    pool = va.Pool("1MiB", "cpu", page_bytes=4096, background=False)
+    done = threading.Event()
+
+    def make() -> None:
+        for _ in range(500):
+            va.KVAllocator(
+                ONE, max_sequences=1, max_seq_len=512, pool=pool, tail_slack_tokens=16
+            ).close()
+        done.set()
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    while not done.is_set():
+        pool.check()
+    thread.join()
+    pool.check()
 
 
 def test_a_guard_that_does_not_fit_the_budget_is_out_of_pages() -> None:

@@ -41,7 +41,8 @@ Allocator::Allocator(std::shared_ptr<Pool> pool, AllocatorConfig config)
                          status.call, status.code);
   }
   try {
-    if (config_.tail_slack_tokens > 0) make_guard();
+    Lock lock = pool_->lock();
+    if (config_.tail_slack_tokens > 0) make_guard(lock);
     pool_->attach(this);
   } catch (...) {
     tear_down();

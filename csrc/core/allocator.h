@@ -276,7 +276,7 @@ class Allocator {
   void give_up(std::uint32_t slot) noexcept;
   Status record_clearings(const Growth& growth, Stream stream) noexcept;
   void note_clearing(Slot& slot, Stream stream) noexcept;
-  void make_guard();
+  void make_guard(Lock& lock);
 
   // Giving up (reclaim.cpp). The plans append to work.unmaps and unmappings alike.
   [[nodiscard]] static bool holed(const Slot& slot) noexcept;

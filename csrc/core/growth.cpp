@@ -426,9 +426,9 @@ bool Allocator::map_ahead(Lock& lock, Stream stream) {
   return status.ok();
 }
 
-// The guard: one extent of zeros, read-only, aliased behind every sequence that needs it.
-void Allocator::make_guard() {
-  Lock lock = pool_->lock();
+// The guard: one extent of zeros, read-only, aliased behind every sequence that needs it. From when
+// it is there the lock is held, so that nobody meets it without its owner.
+void Allocator::make_guard(Lock& lock) {
   const std::uint8_t order = std::min(max_order_, order_within(config_.guard_pages));
   const std::size_t bytes = (std::size_t{1} << order) * page_bytes_;
   Patience patience = this->patience();

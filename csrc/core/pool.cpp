@@ -274,10 +274,7 @@ bool Pool::has_passed(Fence fence) const noexcept {
 
 // ---- allocators ----
 
-void Pool::attach(Allocator* allocator) {
-  const Lock guard = lock();
-  allocators_.push_back(allocator);
-}
+void Pool::attach(Allocator* allocator) { allocators_.push_back(allocator); }
 
 void Pool::detach(Allocator* allocator, Lock& lock) {
   while (allocator->users_ > 0) changed_.wait(lock);
