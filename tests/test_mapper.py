@@ -454,6 +454,33 @@ sequences[0].free()
     assert (done.returncode, done.stdout, done.stderr) == (0, "joined\n", "")
 
 
+def test_the_thread_may_be_stopped_from_two_threads_at_once() -> None:
+    # In a process of its own: what is joined twice ends it.
+    script = """
+import threading
+import vattention as va
+from vattention import _core
+
+backend = _core.FaultyBackend(_core.host_backend(4096))
+backend.block("create")
+pool = va.Pool(100 * 4096, backend=backend, low_watermark=4096)
+assert backend.wait_blocked("create")
+stopping = [threading.Thread(target=pool._core.stop, daemon=True) for _ in range(2)]
+for thread in stopping:
+    thread.start()
+stopping[0].join(0.2)
+assert all(thread.is_alive() for thread in stopping)
+backend.unblock("create")
+for thread in stopping:
+    thread.join(10)
+print("stopped" if not any(thread.is_alive() for thread in stopping) else "waiting")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
+
+
 class Worker(Call):
     """Begins, grows, trims and frees sequences at random, and looks at what they hold."""
 

@@ -37,7 +37,7 @@ void Mapper::stop() noexcept {
     stop_ = true;
     wake_.notify_one();
   }
-  if (thread_.joinable()) thread_.join();
+  std::call_once(joined_, [this] { thread_.join(); });
 }
 
 void Mapper::loop() {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <mutex>
 #include <thread>
 
 #include "backend/backend.h"
@@ -26,7 +27,7 @@ class Mapper {
 
   // With the pool's lock held.
   void wake() noexcept;
-  // Without it. Idempotent.
+  // Without it. Idempotent; whoever calls it, the thread has ended when it returns.
   void stop() noexcept;
 
  private:
@@ -38,6 +39,7 @@ class Mapper {
   bool work_ = false;
   bool stop_ = false;
   std::thread thread_;
+  std::once_flag joined_;
 };
 
 }  // namespace vattention
