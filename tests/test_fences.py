@@ -510,6 +510,30 @@ def test_every_stream_that_clears_is_waited_for_by_the_next_that_uses_the_slot()
     assert not waits()
 
 
+def test_a_stream_of_the_same_name_in_another_thread_is_another_stream() -> None:
+    """As the default stream of each thread is."""
+    rig = Rig("cpu")
+    core = rig.kv._core
+    assert core is not None
+    rig.grown(4, 8, 12).trim(0)  # leaves single pages, not clear
+    ready, growing = core.allocate(2, 0, 3)
+    core.step_sequences([(*ready, 4), (*growing, 4)], 3)
+    rig.backend.block("create")
+    thread = threading.Thread(
+        target=lambda: core.step_sequences([(*ready, 4), (*growing, 12)], 3), daemon=True
+    )
+    thread.start()
+    assert rig.backend.wait_blocked("create")
+    rig.backend.hold_fences()
+    core.step_sequences([(*ready, 8)], 3)  # clears, while the other waits for the driver
+    waits = rig.backend.calls().get("wait", 0)
+    rig.backend.unblock("create")
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+    assert rig.backend.calls().get("wait", 0) > waits
+    rig.release()
+
+
 # ---- waits ----
 
 

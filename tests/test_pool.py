@@ -445,6 +445,45 @@ def test_reclaim_that_fails_while_it_waits_leaves_the_allocator_to_be_closed() -
     assert pages(pool, "free_bytes") == 8
 
 
+def test_a_freed_slot_that_the_driver_will_not_unmap_is_left_for_last() -> None:
+    backend = _core.FaultyBackend(_core.host_backend(HOST_PAGE_BYTES))
+    pool = make_pool("cpu", 16, max_extent=1, backend=backend)
+    slots, other = Slots(pool), Slots(pool)
+    first, second, third = (slots.allocate(4) for _ in range(3))
+    for seq in (first, second, third):
+        seq.free()
+    backend.arm("unmap")
+    taker = other.allocate(8)  # the first is the oldest, and is refused
+    assert {slot for slot, *_ in slots.kv.mappings()} == {first.slot, third.slot}
+    backend.arm("unmap", 2)
+    other.grow(taker, 12)  # the first would be the second that is tried
+    assert {slot for slot, *_ in slots.kv.mappings()} == {first.slot}
+    # Where nothing else is left, what the driver says is the answer.
+    with pytest.raises(va.BackendError, match="unmap failed"):
+        other.grow(taker, 16)
+    backend.disarm()
+    other.grow(taker, 16)
+    assert slots.kv.mappings() == []
+    pool.check()
+
+
+def test_reclaim_gives_back_all_but_what_the_driver_will_not_unmap() -> None:
+    backend = _core.FaultyBackend(_core.host_backend(HOST_PAGE_BYTES))
+    pool = make_pool("cpu", 64, backend=backend)
+    slots = Slots(pool)
+    slots.allocate(16).trim(0)
+    backend.arm("unmap", 2, sticky=True)
+    for seq in [slots.allocate(4), slots.allocate(8)]:
+        seq.free()
+    with pytest.raises(va.BackendError, match="unmap failed"):
+        pool.reclaim()
+    assert pages(pool, "held_bytes") == 8
+    assert pages(pool, "free_bytes") == 0
+    backend.disarm()
+    assert pool.reclaim() == 8 * HOST_PAGE_BYTES
+    pool.check()
+
+
 # ---- allocators that share a pool ----
 
 

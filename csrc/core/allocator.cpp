@@ -376,9 +376,9 @@ std::vector<SequenceId> Allocator::allocate(std::size_t num_sequences, std::int6
   } catch (...) {
     for (std::uint32_t i = 0; i < count; ++i) {
       Slot& slot = slots_[begin + i];
-      // A broken slot stays broken. One that lost its memory meanwhile is empty.
+      // A broken slot stays broken. What another has now counts, not what it began with.
       if (slot.state == SlotState::live) {
-        slot.state = mapped_pages(slot) == 0 ? SlotState::empty : states[i];
+        slot.state = mapped_pages(slot) == 0 ? SlotState::empty : SlotState::cached;
         slot.freed_at = ++clock_;
       }
       refresh(begin + i);
@@ -482,8 +482,10 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
     Patience patience = this->patience();
     grow(lock, targets, stream, true, patience);
     for (const Target& target : targets) {  // what others have begun to clear meanwhile
-      Slot& slot = slots_[target.slot];
-      if (slot.cleared_on != stream) await_clearing(slot, stream);
+      const Slot& slot = slots_[target.slot];
+      if (slot.cleared_on != stream || slot.cleared_by != std::this_thread::get_id()) {
+        await_clearing(slot, stream);
+      }
     }
   }
   bool ahead = false;
@@ -622,6 +624,7 @@ void Allocator::free(SequenceId id, Stream stream) {
   if (mapped_pages(slot) > 0) {
     slot.fence = record_fence(slot, stream);
     slot.fence_pending = true;
+    slot.refused = false;
     slot.state = SlotState::cached;
     (void)quiescent(slot);  // an idle stream has passed the fence already
   } else {

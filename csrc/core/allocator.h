@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -162,11 +163,13 @@ class Allocator {
     SlotState state = SlotState::empty;
     bool busy = false;           // a Work in flight touches it
     bool fence_pending = false;  // cached: the fence has not been seen to pass
+    bool refused = false;        // cached: the driver would not unmap it when it was last asked
     Fence fence = 0;
     // Behind the last clearing that was enqueued on a caller's stream, and that stream: another
-    // stream's fence says nothing of it.
+    // stream's fence says nothing of it, and in another thread its handle may name another stream.
     Fence cleared = 0;
     Stream cleared_on = 0;
+    std::thread::id cleared_by;
     bool clearing = false;   // it has been recorded, and not been seen to pass
     bool tail_back = false;  // part of a run is what a trim cut off; `cleared` is behind that too
     bool trimmed = false;    // kernels may read behind the sequence's tokens
@@ -282,10 +285,13 @@ class Allocator {
   [[nodiscard]] static bool holed(const Slot& slot) noexcept;
   // Everything in a slot; returns the bytes.
   std::size_t unmap_slot_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot);
-  std::size_t plan_eviction(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes);
+  std::size_t plan_eviction(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes,
+                            bool refused);
   void plan_retired(Work& work, std::vector<Unmapping>& unmappings);
   std::size_t plan_surplus(Work& work, std::vector<Unmapping>& unmappings, std::size_t bytes,
                            bool in_use);
+  // The driver would not unmap the freed slot: others are tried first.
+  void note_refused(std::uint32_t slot) noexcept;
   void finish_unmapping(const Unmapping& unmapping);
   void release_guard();  // one behind a run
   // A freed slot that has nothing left is empty.

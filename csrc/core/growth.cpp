@@ -214,6 +214,7 @@ Status Allocator::record_clearings(const Growth& growth, Stream stream) noexcept
 void Allocator::note_clearing(Slot& slot, Stream stream) noexcept {
   if (!std::exchange(slot.clearing, true)) ++clearing_slots_;
   slot.cleared_on = stream;
+  slot.cleared_by = std::this_thread::get_id();
 }
 
 bool Allocator::any_busy(const std::vector<Target>& targets) const noexcept {
@@ -304,7 +305,8 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     if (!driver_was_full) driver_was_full.emplace(*pool_);
     (void)pool_->bury_again(lock);
     const bool asked_for_more = plan(targets, Generosity::exact).bytes < growth.bytes;
-    if (pool_->give_back_idle(lock) == 0 && !asked_for_more) {
+    Status refusal;
+    if (pool_->give_back_idle(lock, &refusal) == 0 && !asked_for_more) {
       throw_device_full(growth.bytes, status);
     }
   }

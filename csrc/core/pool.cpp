@@ -424,16 +424,29 @@ bool Pool::collect(Lock& lock) {
   return work.unmapped > 0;
 }
 
-std::size_t Pool::evict(Lock& lock, std::size_t bytes) {
-  Work work;
-  std::vector<Unmapping> unmappings;
-  std::size_t planned = 0;
-  for (Allocator* allocator : allocators_) {
-    if (planned >= bytes) break;
-    planned += allocator->plan_eviction(work, unmappings, bytes - planned);
+// What the driver will not unmap is left for last, so that it is in the way of nothing else.
+Pool::Eviction Pool::evict(Lock& lock, std::size_t bytes) {
+  Eviction eviction;
+  for (const bool refused : {false, true}) {
+    for (;;) {
+      Work work;
+      std::vector<Unmapping> unmappings;
+      std::size_t planned = 0;
+      for (Allocator* allocator : allocators_) {
+        if (planned >= bytes) break;
+        planned += allocator->plan_eviction(work, unmappings, bytes - planned, refused);
+      }
+      if (unmappings.empty()) break;
+      const Status status = unmap(lock, work, unmappings, false);
+      eviction.came_forward = work.unmapped > 0;
+      if (status.ok()) return eviction;
+      eviction.refusal = status;
+      unmappings[work.unmapped].owner->note_refused(unmappings[work.unmapped].slot);
+      if (eviction.came_forward || refused) return eviction;
+    }
+    if (!eviction.refusal.ok()) break;
   }
-  unmap_now(lock, work, unmappings);
-  return planned;
+  return eviction;
 }
 
 Patience Pool::patience() const {
@@ -445,14 +458,18 @@ Patience Pool::patience() const {
 }
 
 bool Pool::reclaim_some(Lock& lock, std::size_t bytes, Patience* patience) {
-  if (collect(lock) || evict(lock, bytes) > 0) return true;
+  if (collect(lock)) return true;
+  const Eviction eviction = evict(lock, bytes);
+  if (eviction.came_forward) return true;
   if (patience == nullptr) return false;
   if (take_surplus(lock, bytes, false) > 0 || bury_again(lock)) return true;
   if (Allocator* allocator = late_allocator(); allocator != nullptr) {
     const Use use(*this, *allocator);
     if (allocator->wait_for_a_fence(lock, *patience)) return true;
   }
-  return take_surplus(lock, bytes, true) > 0;
+  if (take_surplus(lock, bytes, true) > 0) return true;
+  require(eviction.refusal);
+  return false;
 }
 
 std::size_t Pool::take_surplus(Lock& lock, std::size_t bytes, bool in_use) {
@@ -486,10 +503,14 @@ std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {
   return gone;
 }
 
-std::size_t Pool::give_back_idle(Lock& lock) {
+std::size_t Pool::give_back_idle(Lock& lock, Status* refusal) {
   while (collect(lock)) {
   }
-  (void)evict(lock, SIZE_MAX);
+  Eviction eviction;
+  do {
+    eviction = evict(lock, SIZE_MAX);
+  } while (eviction.came_forward);
+  *refusal = eviction.refusal;
   return shrink(lock, 0);
 }
 
@@ -500,14 +521,16 @@ std::size_t Pool::reclaim() {
   (void)bury_again(guard);
   Patience patience = this->patience();
   std::size_t gone = 0;
+  Status refusal;
   for (bool waits = true; waits;) {
     patience.look(gains_);
-    gone += give_back_idle(guard);
+    gone += give_back_idle(guard, &refusal);
     Allocator* late = late_allocator();
     if (late == nullptr) break;
     const Use use(*this, *late);
     waits = late->wait_for_a_fence(guard, patience);
   }
+  require(refusal);
   audit();
   return gone;
 }
@@ -535,7 +558,7 @@ void Pool::lower(Lock& lock) noexcept {
       const std::size_t excess = idle() - config_.high_bytes;
       const std::size_t keep = std::max(std::min(free_bytes_, config_.low_bytes),
                                         free_bytes_ > excess ? free_bytes_ - excess : 0);
-      if (shrink(lock, keep) == 0 && evict(lock, excess) == 0 && !collect(lock)) return;
+      if (shrink(lock, keep) == 0 && !evict(lock, excess).came_forward && !collect(lock)) return;
     }
   } catch (const std::exception& error) {
     trace(1, "idle memory was not given back:", error.what());

@@ -170,8 +170,9 @@ class Pool {
   // Destroys free extents until at most keep_bytes are free, and no more of them than that takes;
   // drops the lock meanwhile. Returns the bytes given back. Throws BackendFailure.
   std::size_t shrink(Lock& lock, std::size_t keep_bytes);
-  // Evicts what can be without waiting, and shrinks to nothing. Returns the bytes given back.
-  std::size_t give_back_idle(Lock& lock);
+  // Evicts what can be without waiting, and shrinks to nothing. Returns the bytes given back, and
+  // in *refusal why the driver would not unmap some. Throws BackendFailure.
+  std::size_t give_back_idle(Lock& lock, Status* refusal);
 
   [[nodiscard]] Fence borrow_fence();  // throws BackendFailure
   void return_fence(Fence fence) noexcept;
@@ -233,7 +234,11 @@ class Pool {
   void lower(Lock& lock) noexcept;
   bool background_pass(Lock& lock, Stream stream);
   [[nodiscard]] bool waits_for_fences() const noexcept;
-  std::size_t evict(Lock& lock, std::size_t bytes);
+  struct Eviction {
+    bool came_forward = false;
+    Status refusal;  // of what the driver would not unmap
+  };
+  [[nodiscard]] Eviction evict(Lock& lock, std::size_t bytes);
   [[nodiscard]] std::size_t bytes_of(const Remains& remains) const noexcept;
   // What live sequences do not need now; that of it which may be in use waits for the device.
   std::size_t take_surplus(Lock& lock, std::size_t bytes, bool in_use);

@@ -31,14 +31,17 @@ std::size_t Allocator::unmap_slot_later(Work& work, std::vector<Unmapping>& unma
   return mapped_pages(slots_[slot]) * page_bytes_;
 }
 
-// Freed slots whose fences have passed: those of no use to a next sequence, then those that were
-// freed longest ago. Returns the bytes it plans to free.
+// Freed slots whose fences have passed, and that the driver has, or has not, refused to unmap:
+// those of no use to a next sequence, then those that were freed longest ago. Returns the bytes it
+// plans to free.
 std::size_t Allocator::plan_eviction(Work& work, std::vector<Unmapping>& unmappings,
-                                     std::size_t bytes) {
+                                     std::size_t bytes, bool refused) {
   if (closed_) return 0;  // its tensors may be read as long as they live
   std::vector<std::uint32_t> victims;
   for (std::uint32_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].state == SlotState::cached && usable(slots_[i])) victims.push_back(i);
+    if (slots_[i].state == SlotState::cached && slots_[i].refused == refused && usable(slots_[i])) {
+      victims.push_back(i);
+    }
   }
   std::sort(victims.begin(), victims.end(), [&](std::uint32_t a, std::uint32_t b) {
     if (holed(slots_[a]) != holed(slots_[b])) return holed(slots_[a]);
@@ -96,6 +99,11 @@ std::size_t Allocator::plan_surplus(Work& work, std::vector<Unmapping>& unmappin
   return planned;
 }
 
+void Allocator::note_refused(std::uint32_t index) noexcept {
+  slots_[index].refused = true;
+  slots_[index].freed_at = ++clock_;
+}
+
 void Allocator::finish_unmapping(const Unmapping& unmapping) {
   Slot& slot = slots_[unmapping.slot];
   if (unmapping.retired != 0) {
@@ -114,6 +122,7 @@ void Allocator::finish_unmapping(const Unmapping& unmapping) {
     settle_cached(slot);
     return;
   }
+  slot.refused = false;
   Run& run = slot.runs[unmapping.region];
   if (std::exchange(run.guarded, false)) release_guard();
   const auto first = run.mappings.begin() + static_cast<std::ptrdiff_t>(unmapping.first);
