@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import subprocess
 import sys
 import threading
@@ -676,6 +677,39 @@ def test_what_cannot_be_torn_down_now_goes_when_memory_is_wanted() -> None:
         calls = rig.backend.calls()
         assert calls["create"] == calls["destroy"]
         assert calls["reserve"] == calls["unreserve"]
+
+
+@pytest.mark.parametrize("occasion", ["pool", "allocator", "full_device"])
+def test_what_cannot_be_torn_down_outlives_its_pool_no_longer_than_it_must(occasion: str) -> None:
+    other = Rig("cpu") if occasion != "pool" else None
+    rig = Rig("cpu", background=True)
+    rig.kv.allocate(16)
+    rig.kv.allocate(8).trim(0)
+    backend = rig.backend
+    backend.arm("synchronize_device", sticky=True)
+    tensors = rig.kv.layer(0)
+    tensors[0][0, :16] = 3.0
+    rig.kv.close()
+    tensor = tensors[0][0, :16]
+    address = tensor.data_ptr()
+    rig.kv = rig.pool = None
+    del tensors, tensor
+    calls = backend.calls()
+    assert calls["create"] - calls["destroy"] == 2  # what is free goes, what is mapped stays
+    assert ctypes.c_float.from_address(address).value == 3.0
+    backend.disarm()
+    if occasion == "pool":
+        Rig("cpu")
+    elif occasion == "allocator":
+        other.kv.close()
+        other.kv = None
+    else:
+        other.backend.arm("create", 1, "out_of_memory")
+        assert other.kv.allocate(8).length == 8
+    calls = backend.calls()
+    assert calls["create"] == calls["destroy"]
+    assert calls["reserve"] == calls["unreserve"]
+    assert calls["create_fence"] == calls.get("destroy_fence", 0)
 
 
 def test_an_allocator_whose_sequences_have_ended_goes_without_waiting_for_the_device() -> None:

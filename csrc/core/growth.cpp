@@ -303,10 +303,10 @@ void Allocator::grow(Lock& lock, const std::vector<Target>& targets, Stream stre
     }
     // What is idle here may help, or asking for less.
     if (!driver_was_full) driver_was_full.emplace(*pool_);
-    (void)pool_->bury_again(lock);
+    const bool buried = pool_->bury_again(lock);
     const bool asked_for_more = plan(targets, Generosity::exact).bytes < growth.bytes;
     Status refusal;
-    if (pool_->give_back_idle(lock, &refusal) == 0 && !asked_for_more) {
+    if (pool_->give_back_idle(lock, &refusal) == 0 && !buried && !asked_for_more) {
       throw_device_full(growth.bytes, status);
     }
   }

@@ -1,6 +1,7 @@
 #include "core/pool.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <string>
 #include <utility>
@@ -23,6 +24,10 @@ std::uint8_t checked_order(std::size_t page_bytes, std::size_t extent_bytes) {
   return order_within(pages);
 }
 
+// The first of the pools that are gone but for what cannot be buried. Linked through themselves and
+// changed in one piece: nothing here needs memory, or is left locked in a forked child.
+std::atomic<Pool*> left_pools{nullptr};
+
 }  // namespace
 
 // Keeps an allocator from going away while somebody works on it and has dropped the lock between.
@@ -44,11 +49,8 @@ class Pool::Use {
 };
 
 std::shared_ptr<Pool> Pool::create(std::shared_ptr<Backend> backend, const PoolConfig& config) {
-  // In a forked child a pool is left as it is: destroying it would wait for a thread that is not
-  // there, and undo mappings of memory that the parent uses.
-  const auto destroy = [](Pool* pool) {
-    if (!pool->inherited()) std::default_delete<Pool>()(pool);
-  };
+  const auto destroy = [](Pool* pool) { (void)end(pool); };
+  (void)bury_left_pools();
   std::shared_ptr<Pool> pool(new Pool(traced_if_asked(std::move(backend)), config), destroy);
   if (config.background) {
     pool->mapper_ = std::make_unique<Mapper>(*pool);
@@ -70,12 +72,40 @@ Pool::Pool(std::shared_ptr<Backend> backend, const PoolConfig& config)
   }
 }
 
+bool Pool::end(Pool* pool) noexcept {
+  // In a forked child a pool is left as it is: destroying it would wait for a thread that is not
+  // there, and undo mappings of memory that the parent uses.
+  if (pool->inherited()) return false;
+  pool->stop();
+  try {
+    Lock guard(pool->mutex_);
+    (void)pool->bury_own_again(guard);
+    if (!pool->unburied_.empty()) (void)pool->shrink(guard, 0);
+  } catch (const std::exception& error) {
+    trace(1, "a pool was not given back:", error.what());
+  }
+  if (pool->unburied_.empty()) {
+    delete pool;
+    return true;
+  }
+  pool->next_left_ = left_pools.load();
+  while (!left_pools.compare_exchange_weak(pool->next_left_, pool)) {
+  }
+  return false;
+}
+
+bool Pool::bury_left_pools() noexcept {
+  bool any = false;
+  for (Pool* pool = left_pools.exchange(nullptr); pool != nullptr;) {
+    Pool* const next = pool->next_left_;
+    any = end(pool) || any;
+    pool = next;
+  }
+  return any;
+}
+
 Pool::~Pool() {
   stop();
-  {
-    Lock guard(mutex_);
-    (void)bury_again(guard);
-  }
   for (std::vector<Extent*>& list : free_) {
     for (const Extent* extent : list) (void)backend_->destroy(extent->handle);
   }
@@ -317,6 +347,18 @@ bool Pool::bury(Remains remains) {
 }
 
 bool Pool::bury_again(Lock& lock) {
+  const bool any = bury_own_again(lock);
+  if (left_pools.load() == nullptr) return any;
+  begin_work();
+  lock.unlock();
+  const bool any_left = bury_left_pools();
+  lock.lock();
+  end_work();
+  announce();
+  return any || any_left;
+}
+
+bool Pool::bury_own_again(Lock& lock) {
   std::vector<Remains> tried = std::exchange(unburied_, {});
   if (tried.empty()) return false;
   bool any = false;

@@ -139,8 +139,11 @@ class Pool {
   // is kept, and tried again where memory is wanted. What the driver will not unmap is left to the
   // process. Returns whether it is buried.
   bool bury(Remains remains);
-  // Tries again what could not be buried; drops the lock meanwhile. Returns whether any was.
+  // Tries again what could not be buried, of pools that are gone too; drops the lock meanwhile.
+  // Returns whether any was.
   bool bury_again(Lock& lock);
+  // The same, of pools that are gone only; called without a lock.
+  static bool bury_left_pools() noexcept;
   // As settle() does not know of it: a mapping of its own call that is gone.
   void count_unmapped() noexcept {
     --mappings_;
@@ -214,6 +217,10 @@ class Pool {
   Pool(std::shared_ptr<Backend> backend, const PoolConfig& config);
   [[noreturn]] static void throw_inherited();
   void require_a_page(std::size_t budget) const;
+  // The last owner is gone. While something of it cannot be buried, the pool stays: with the
+  // process, which tries again when it makes a pool or buries something.
+  static bool end(Pool* pool) noexcept;
+  bool bury_own_again(Lock& lock);
 
   [[nodiscard]] std::size_t bytes(const Extent& extent) const noexcept {
     return extent.pages() * page_bytes_;
@@ -270,6 +277,7 @@ class Pool {
   std::vector<Fence> spare_fences_;
   std::vector<Allocator*> allocators_;
   std::vector<Remains> unburied_;
+  Pool* next_left_ = nullptr;  // of the pools that are gone but for what cannot be buried
   std::unique_ptr<Mapper> mapper_;
 };
 

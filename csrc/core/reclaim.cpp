@@ -222,7 +222,7 @@ void Allocator::tear_down() noexcept {
         if (slot.cleared != 0) pool_->return_fence(slot.cleared);
       }
     }
-    (void)pool_->bury(std::move(remains));
+    if (pool_->bury(std::move(remains))) (void)Pool::bury_left_pools();
   } catch (...) {
     // Nothing can be reported from a destructor; the memory stays accounted as held.
   }
