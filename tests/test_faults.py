@@ -8,9 +8,14 @@ really reached the driver.
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -633,3 +638,99 @@ def test_others_are_unharmed_when_a_driver_call_fails_while_an_allocator_goes(
 
     nth = next(n for n in range(1, MAX_CALLS) if not fail_nth_call(n))
     assert nth > 1
+
+
+def test_operation_changes_nothing_when_there_is_no_memory_for_its_records(tmp_path: Path) -> None:
+    """`operator new` throws, wherever the core calls it.
+
+    In a process of its own, which loads another `operator new`, and which an exception at a place
+    where there may be none would end.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path / "no_memory.so"
+    source = Path(__file__).with_name("no_memory.cpp")
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", "-O1", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    script = """
+import ctypes, sys
+import torch
+import vattention as va
+from vattention import _core
+
+news = ctypes.PyDLL(sys.argv[1])
+news.watch_module.argtypes = [ctypes.c_size_t] * 2
+news.fail_nth_new.argtypes = [ctypes.c_long]
+with open("/proc/self/maps") as file:
+    own = [line.split()[0].split("-") for line in file if line.rstrip().endswith(_core.__file__)]
+news.watch_module(min(int(a, 16) for a, _ in own), max(int(b, 16) for _, b in own))
+layout = va.KVLayout(num_layers=1, num_kv_heads=1, head_dim=256, dtype=torch.float32, order="layer")
+
+OPERATIONS = {
+    "allocate": lambda kv, a, b, _: kv.allocate(40),
+    "allocate_batch": lambda kv, a, b, _: kv.allocate_batch(2, 20),
+    "step": lambda kv, a, b, _: kv.step({a: 60, b: 30}),
+    "step_with_a_tail": lambda kv, a, b, tailed: kv.step({tailed: 24}),
+    "trim": lambda kv, a, b, _: a.trim(3),
+    "trim_front": lambda kv, a, b, _: a.trim_front(16),
+    "free": lambda kv, a, b, _: a.free(),
+    "reclaim": lambda kv, a, b, _: kv.pool.reclaim(),
+    "set_budget": lambda kv, a, b, _: kv.pool.set_budget(kv.stats().held_bytes - 8 * 4096),
+    "set_watermarks": lambda kv, a, b, _: kv.pool.set_watermarks(high=0),
+}
+
+def state(kv, sequences):
+    alive = [(s.alive, s.length if s.alive else 0) for s in sequences]
+    stats = kv.stats()
+    return alive, stats.live_sequences, stats.live_tokens, stats.budget_bytes, stats.mapped_bytes
+
+def fail(name, nth):
+    pool = va.Pool(
+        400 * 4096, backend=_core.host_backend(4096), background=False, max_extent=4 * 4096
+    )
+    kv = va.KVAllocator(
+        layout, max_sequences=8, max_seq_len=64, pool=pool, tail_slack_tokens=16, lookahead_tokens=0
+    )
+    a, b, freed, tailed = (kv.allocate(tokens) for tokens in (8, 1, 8, 8))
+    kv.step({a: 40, tailed: 24})
+    freed.free()
+    kv.allocate(24).trim(0)  # leaves extents in the pool
+    before = state(kv, (a, b, freed, tailed))
+    operation = OPERATIONS[name]
+    error = result = None
+    news.fail_nth_new(nth)
+    try:
+        result = operation(kv, a, b, tailed)
+    except (MemoryError, va.VAttentionError) as caught:
+        error = caught.with_traceback(None)
+    failed = news.disarm_new()
+    kv.check()
+    if failed and error is not None:
+        assert state(kv, (a, b, freed, tailed)) == before, (name, nth)
+        operation(kv, a, b, tailed)
+        kv.check()
+    kv.close()
+    del kv, a, b, freed, tailed, result
+    pool.check()
+    pool.reclaim()
+    assert pool.stats().held_bytes == 0, (name, nth)
+    return failed
+
+for name in OPERATIONS:
+    nth = 1
+    while fail(name, nth):
+        nth += 1
+    print(name, nth > 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(library)],
+        env=os.environ | {"LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # To free a sequence needs no memory where a fence is to hand.
+    assert [line for line in done.stdout.splitlines() if "True" not in line] == ["free False"]

@@ -17,7 +17,6 @@
 #include <stdexcept>
 #include <system_error>
 #include <utility>
-#include <vector>
 
 namespace vattention {
 namespace {
@@ -166,18 +165,18 @@ class HostBackend final : public Backend {
     if (!whole_pages(bytes)) return refuse(kMisaligned, "create");
     const std::lock_guard lock(mutex_);
     try {
-      std::vector<std::size_t>& spare = spare_offsets_[bytes];
-      spare.reserve(spare.size() + 1);  // so that destroying this extent needs no memory
-      const bool reuse = !spare.empty();
-      const std::size_t offset = reuse ? spare.back() : file_bytes_;
-      if (!reuse && bytes > kMaxFileBytes - file_bytes_) return refuse(EFBIG, "ftruncate");
-      if (!reuse && ftruncate(file_, static_cast<off_t>(offset + bytes)) != 0) {
-        return refuse(errno, "ftruncate");
-      }
-      extents_.emplace(next_handle_, Extent{offset, bytes, 0, false});
-      if (reuse) {
-        spare.pop_back();
+      Extents& spare = spare_[bytes];  // there when this extent is destroyed
+      if (!spare.empty()) {
+        auto extent = spare.extract(std::prev(spare.end()));
+        extent.key() = next_handle_;
+        extent.mapped().destroyed = false;
+        extents_.insert(std::move(extent));
       } else {
+        if (bytes > kMaxFileBytes - file_bytes_) return refuse(EFBIG, "ftruncate");
+        if (ftruncate(file_, static_cast<off_t>(file_bytes_ + bytes)) != 0) {
+          return refuse(errno, "ftruncate");
+        }
+        extents_.emplace(next_handle_, Extent{file_bytes_, bytes, 0, false});
         file_bytes_ += bytes;
       }
     } catch (const std::bad_alloc&) {
@@ -334,6 +333,7 @@ class HostBackend final : public Backend {
     Access access;
   };
   using Mappings = std::map<Address, Mapping>;
+  using Extents = std::map<Handle, Extent>;
 
   static std::size_t read_max_mappings() {
     std::size_t limit = kDefaultMaxMappings;
@@ -385,14 +385,14 @@ class HostBackend final : public Backend {
     return next == address + bytes ? Status{} : refuse(kHole, call);
   }
 
-  Status give_back(std::map<Handle, Extent>::iterator extent) noexcept {
+  // Its record moves as it is, so that this needs no memory.
+  Status give_back(Extents::iterator extent) noexcept {
     const Extent& range = extent->second;
     if (fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   static_cast<off_t>(range.offset), static_cast<off_t>(range.bytes)) != 0) {
       return refuse(errno, "fallocate");
     }
-    spare_offsets_[range.bytes].push_back(range.offset);  // reserved by create
-    extents_.erase(extent);
+    spare_.find(range.bytes)->second.insert(extents_.extract(extent));
     return {};
   }
 
@@ -403,8 +403,8 @@ class HostBackend final : public Backend {
   std::size_t file_bytes_ = 0;
   std::map<Address, std::size_t> reservations_;
   Mappings mappings_;
-  std::map<Handle, Extent> extents_;
-  std::map<std::size_t, std::vector<std::size_t>> spare_offsets_;  // by size; holes of the file
+  Extents extents_;
+  std::map<std::size_t, Extents> spare_;  // by size; holes of the file
   std::set<Fence> fences_;
   Handle next_handle_ = 1;
   Fence next_fence_ = 1;

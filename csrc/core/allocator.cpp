@@ -502,7 +502,11 @@ void Allocator::step(const std::vector<std::pair<SequenceId, std::int64_t>>& len
 
 // An idle stream has passed the fence already; what a busy one has not is left to the mapper.
 void Allocator::collect_retired(Lock& lock) {
-  if (pool_->collect(lock)) pool_->keep_watermarks(lock);
+  try {
+    if (pool_->collect(lock)) pool_->keep_watermarks(lock);
+  } catch (const std::exception& error) {  // what has been trimmed stays trimmed
+    trace(1, "retired memory was not taken back:", error.what());
+  }
   if (retired_entries_ > 0) pool_->wake_mapper();
   audit();
 }
@@ -555,29 +559,33 @@ void Allocator::trim(SequenceId id, std::int64_t tokens, Stream stream) {
                       " were given back by trim_front; free it and allocate a new one");
   }
   const std::int64_t before = std::exchange(lengths_[id.slot], tokens);
-  slot.trimmed = true;
   const auto kept = [&](std::uint32_t r) {
     const std::int64_t margin = tokens == 0 ? 0 : config_.lookahead_tokens;
     return slot.runs[r].first_above(surplus_from(id.slot, r, margin));
   };
-  std::vector<std::uint32_t> cut;
-  for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
-    if (kept(r) < slot.runs[r].mappings.size()) cut.push_back(r);
-  }
+  const auto copy = [&](std::uint32_t r) {
+    const Run& run = slot.runs[r];
+    const auto first = run.mappings.begin() + static_cast<std::ptrdiff_t>(kept(r));
+    return Cut{r, run.guarded, {first, run.mappings.end()}};
+  };
+  const auto remove = [](Run& run, const Cut& cut) {
+    run.mappings.erase(run.mappings.end() - static_cast<std::ptrdiff_t>(cut.mappings.size()),
+                       run.mappings.end());
+    run.guarded = false;
+    run.end = cut.first();
+    run.clean_end = std::min(run.clean_end, run.end);
+  };
   try {
-    retire(slot, true, cut, stream, [&](std::uint32_t r) {
-      Run& run = slot.runs[r];
-      const auto first = run.mappings.begin() + static_cast<std::ptrdiff_t>(kept(r));
-      Cut gone{r, std::exchange(run.guarded, false), {first, run.mappings.end()}};
-      run.mappings.erase(first, run.mappings.end());
-      run.end = gone.first();
-      run.clean_end = std::min(run.clean_end, run.end);
-      return gone;
-    });
+    std::vector<std::uint32_t> cut;
+    for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+      if (kept(r) < slot.runs[r].mappings.size()) cut.push_back(r);
+    }
+    retire(slot, true, cut, stream, copy, remove);
   } catch (...) {
     lengths_[id.slot] = before;
     throw;
   }
+  slot.trimmed = true;
   refresh(id.slot);
   trace(1, "trim", id.slot, tokens);
   collect_retired(lock);
@@ -602,14 +610,16 @@ void Allocator::trim_front(SequenceId id, std::int64_t first_token, Stream strea
   for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
     if (gone_below(r) > 0) cut.push_back(r);
   }
-  retire(slot, false, cut, stream, [&](std::uint32_t r) {
-    Run& run = slot.runs[r];
-    const auto last = run.mappings.begin() + static_cast<std::ptrdiff_t>(gone_below(r));
-    Cut gone{r, false, {run.mappings.begin(), last}};
+  const auto copy = [&](std::uint32_t r) {
+    const auto first = slot.runs[r].mappings.begin();
+    return Cut{r, false, {first, first + static_cast<std::ptrdiff_t>(gone_below(r))}};
+  };
+  const auto remove = [](Run& run, const Cut& gone) {
+    const auto first = run.mappings.begin();
+    run.mappings.erase(first, first + static_cast<std::ptrdiff_t>(gone.mappings.size()));
     run.front = gone.last();
-    run.mappings.erase(run.mappings.begin(), last);
-    return gone;
-  });
+  };
+  retire(slot, false, cut, stream, copy, remove);
   slot.first_token = first_token;
   refresh(id.slot);
   trace(1, "trim_front", id.slot, first_token);

@@ -298,15 +298,17 @@ class Allocator {
   void settle_cached(Slot& slot) const noexcept;
   void unmap_later(Work& work, std::vector<Unmapping>& unmappings, std::uint32_t slot,
                    std::uint32_t region, std::size_t first);
-  // Puts one fence behind the work on the stream and moves what `cut` takes off each run to a
-  // retired entry of the slot. Changes nothing where it throws.
-  template <typename CutRun>
+  // Puts one fence behind the work on the stream and moves what `copy` copies of each run to a
+  // retired entry of the slot; `remove` takes it off the run. Changes nothing where it throws.
+  template <typename Copy, typename Remove>
   void retire(Slot& slot, bool tail, const std::vector<std::uint32_t>& regions, Stream stream,
-              CutRun cut) {
+              Copy copy, Remove remove) {
     if (regions.empty()) return;
     slot.retired.reserve(slot.retired.size() + 1);
-    Retired retired{record_fence(slot, stream), tail, {}};
-    for (const std::uint32_t region : regions) retired.cuts.push_back(cut(region));
+    Retired retired{0, tail, {}};
+    for (const std::uint32_t region : regions) retired.cuts.push_back(copy(region));
+    retired.fence = record_fence(slot, stream);
+    for (const Cut& cut : retired.cuts) remove(slot.runs[cut.region], cut);
     slot.retired.push_back(std::move(retired));
     ++retired_entries_;
   }

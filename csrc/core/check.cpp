@@ -42,7 +42,7 @@ void Pool::check_locked() const {
 
   std::size_t free_total = 0;
   for (std::size_t order = 0; order < kOrders; ++order) {
-    for (const Extent* extent : free_[order]) {
+    for (const Extent* extent = free_[order].top(); extent != nullptr; extent = extent->below) {
       always(extent->order == order, "an extent is in another size's free list");
       always(extent->handle != 0 && extent->owners == 0, "a free extent is owned or not created");
       always(owners.count(extent) == 0, "a free extent is mapped");

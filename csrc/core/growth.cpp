@@ -6,6 +6,7 @@
 
 #include "core/allocator.h"
 #include "core/errors.h"
+#include "core/room.h"
 #include "core/trace.h"
 
 namespace vattention {
@@ -83,10 +84,22 @@ Allocator::Growth Allocator::plan(const std::vector<Target>& targets, Generosity
   return growth;
 }
 
-// Turns a plan into driver work; takes the extents out of the pool.
+// Turns a plan into driver work, and last takes the extents out of the pool: once it has, neither
+// this nor booking it can fail.
 Work Allocator::prepare(Growth& growth, Stream stream) {
   Work work;
   work.stream = stream;
+  std::size_t guards_to_come = 0;
+  std::size_t guards_to_go = 0;
+  for (const Change& change : growth.changes) {
+    guards_to_come += change.add_guard ? guard_count() : 0;
+    guards_to_go += change.remove_guard ? guard_count() : 0;
+    make_room(slots_[change.slot].runs[change.region].mappings, change.pieces);
+  }
+  work.pieces.reserve(growth.orders.size() + guards_to_come);
+  work.stuck.reserve(growth.orders.size() + guards_to_come);
+  work.displaced.reserve(guards_to_go);
+  work.zeros.reserve(growth.changes.size() + growth.orders.size());
   pool_->take(work, growth.orders);  // one piece an order, in the order of the plan
   // Guards are aliases of one extent, so their pieces are added after those that were taken; a
   // change's own pieces keep their places.
@@ -170,7 +183,6 @@ Status Allocator::execute(Lock& lock, Growth& growth, Stream stream, Caller call
     if (caller != Caller::mapper) follow_clearing(slot, stream);
   }
   Work work = prepare(growth, stream);
-  work.stuck.reserve(work.pieces.size());
   work.wait = caller == Caller::mapper;
   for (const Change& change : growth.changes) slots_[change.slot].busy = true;
   pool_->begin_work();
@@ -343,6 +355,13 @@ void Allocator::take_back_tails(Slot& slot, Stream stream) {
     if (const Status status = backend().wait(stream, retired.fence); !status.ok()) {
       throw_status(backend(), status);
     }
+  }
+  for (std::uint32_t r = 0; r < slot.runs.size(); ++r) {
+    std::size_t more = 0;
+    for (const Retired& retired : slot.retired) {
+      for (const Cut& cut : retired.cuts) more += cut.region == r ? cut.mappings.size() : 0;
+    }
+    make_room(slot.runs[r].mappings, more);
   }
   const bool zero = pool_->config().zero;
   if (zero) {

@@ -9,6 +9,7 @@
 #include "backend/traced.h"
 #include "core/allocator.h"
 #include "core/mapper.h"
+#include "core/room.h"
 #include "core/trace.h"
 
 namespace vattention {
@@ -106,8 +107,8 @@ bool Pool::bury_left_pools() noexcept {
 
 Pool::~Pool() {
   stop();
-  for (std::vector<Extent*>& list : free_) {
-    for (const Extent* extent : list) (void)backend_->destroy(extent->handle);
+  for (ExtentStack& list : free_) {
+    while (!list.empty()) (void)backend_->destroy(list.pop()->handle);
   }
   for (const Fence fence : spare_fences_) (void)backend_->destroy_fence(fence);
 }
@@ -143,36 +144,38 @@ std::uint8_t Pool::order_of(std::size_t extent_bytes) const {
   return order;
 }
 
-Extent* Pool::new_extent(std::uint8_t order) {
-  if (spare_records_.empty()) {
+void Pool::reserve_records(std::size_t count) {
+  while (spare_records_.size() < count) {
     extents_.push_back(std::make_unique<Extent>());
-    spare_records_.push_back(extents_.back().get());
+    spare_records_.push(extents_.back().get());
   }
-  Extent* extent = spare_records_.back();
-  spare_records_.pop_back();
-  *extent = Extent{0, 0, order, true};
+}
+
+Extent* Pool::new_extent(std::uint8_t order) noexcept {
+  Extent* extent = spare_records_.pop();
+  *extent = Extent{.order = order};
   return extent;
 }
 
 void Pool::drop_extent(Extent* extent) noexcept {
   extent->handle = 0;
   extent->owners = 0;
-  spare_records_.push_back(extent);
+  spare_records_.push(extent);
 }
 
-void Pool::put_free(Extent* extent) {
+void Pool::put_free(Extent* extent) noexcept {
   extent->owners = 0;
   gain();
-  free_[extent->order].push_back(extent);
+  free_[extent->order].push(extent);
   free_bytes_ += bytes(*extent);
 }
 
-void Pool::release(Extent* extent) {
+void Pool::release(Extent* extent) noexcept {
   --mappings_;
   disown(extent);
 }
 
-void Pool::disown(Extent* extent) {
+void Pool::disown(Extent* extent) noexcept {
   if (--extent->owners > 0) return;
   extent->dirty = true;
   put_free(extent);
@@ -180,17 +183,25 @@ void Pool::disown(Extent* extent) {
 }
 
 void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
-  work.pieces.reserve(work.pieces.size() + orders.size());
+  make_room(work.pieces, orders.size());
+  std::array<std::size_t, kOrders> wanted{};
+  std::size_t created = 0;
   std::size_t created_bytes = 0;
+  for (const std::uint8_t order : orders) {
+    if (++wanted[order] <= free_[order].size()) continue;
+    ++created;
+    created_bytes += (std::size_t{1} << order) * page_bytes_;
+  }
+  reserve_records(created);
+  if (held_bytes_ + created_bytes > config_.budget_bytes) make_room(work.destroys, count_free());
+  // From here on nothing fails.
   for (const std::uint8_t order : orders) {
     Work::Piece piece;
     if (free_[order].empty()) {
       piece.extent = new_extent(order);
       piece.create = true;
-      created_bytes += bytes(*piece.extent);
     } else {
-      piece.extent = free_[order].back();
-      free_[order].pop_back();
+      piece.extent = free_[order].pop();
       free_bytes_ -= bytes(*piece.extent);
     }
     piece.extent->owners = 1;
@@ -204,7 +215,7 @@ void Pool::take(Work& work, const std::vector<std::uint8_t>& orders) {
 
 // Where what is to be created goes over the budget, free extents of other sizes make room for it.
 // What they free beyond that is nobody's before they are destroyed.
-void Pool::exchange(Work& work, std::size_t created_bytes) {
+void Pool::exchange(Work& work, std::size_t created_bytes) noexcept {
   for (std::size_t order = kOrders; order-- > 0;) {
     while (held_bytes_ > config_.budget_bytes && !free_[order].empty()) {
       const std::size_t gone = destroy_later(work, free_[order]);
@@ -215,16 +226,22 @@ void Pool::exchange(Work& work, std::size_t created_bytes) {
   }
 }
 
-// Moves a free extent to those that the work destroys. It counts as held until that is done.
-std::size_t Pool::destroy_later(Work& work, std::vector<Extent*>& list) {
-  Extent* extent = list.back();
+std::size_t Pool::count_free() const noexcept {
+  std::size_t count = 0;
+  for (const ExtentStack& list : free_) count += list.size();
+  return count;
+}
+
+// Moves a free extent to those that the work destroys, which have room for it. It counts as held
+// until that is done.
+std::size_t Pool::destroy_later(Work& work, ExtentStack& list) noexcept {
+  Extent* extent = list.pop();
   work.destroys.push_back(extent);
-  list.pop_back();
   free_bytes_ -= bytes(*extent);
   return bytes(*extent);
 }
 
-void Pool::settle(const Work& work, bool built) {
+void Pool::settle(const Work& work, bool built) noexcept {
   held_bytes_ += work.exchanged_bytes;
   for (std::size_t i = 0; i < work.destroys.size(); ++i) {
     Extent* extent = work.destroys[i];
@@ -288,10 +305,10 @@ Fence Pool::borrow_fence() {
     spare_fences_.pop_back();
     return fence;
   }
+  make_room(spare_fences_, fences_ + 1);  // there is none in it
   Fence fence = 0;
-  if (const Status status = backend_->create_fence(&fence); !status.ok()) {
-    throw_status(*backend_, status);
-  }
+  require(backend_->create_fence(&fence));
+  ++fences_;
   return fence;
 }
 
@@ -311,24 +328,23 @@ void Pool::detach(Allocator* allocator, Lock& lock) {
   std::erase(allocators_, allocator);
 }
 
-bool Pool::bury(Remains remains) {
+bool Pool::bury(std::list<Remains> one) noexcept {
+  Remains& remains = one.front();
   if (!remains.quiet && !backend_->synchronize_device().ok()) {
     const Lock guard = lock();
-    unburied_.push_back(std::move(remains));
+    unburied_.splice(unburied_.end(), one);
     return false;
   }
-  std::vector<bool> unmapped;
-  unmapped.reserve(remains.parts.size());
-  for (const Remains::Part& part : remains.parts) {
-    unmapped.push_back(backend_->unmap(part.range.address, part.range.bytes).ok());
-    remains.whole = remains.whole && unmapped.back();
+  for (Remains::Part& part : remains.parts) {
+    part.unmapped = backend_->unmap(part.range.address, part.range.bytes).ok();
+    remains.whole = remains.whole && part.unmapped;
   }
   {
     Lock guard = lock();
-    for (std::size_t i = 0; i < remains.parts.size(); ++i) {
-      counters_.unmaps += unmapped[i] ? 1U : 0U;
-      for (Extent* extent : remains.parts[i].extents) {
-        if (unmapped[i]) {
+    for (const Remains::Part& part : remains.parts) {
+      counters_.unmaps += part.unmapped ? 1U : 0U;
+      for (Extent* extent : part.extents) {
+        if (part.unmapped) {
           release(extent);
         } else {
           stuck_bytes_ += bytes(*extent);
@@ -346,7 +362,7 @@ bool Pool::bury(Remains remains) {
   return true;
 }
 
-bool Pool::bury_again(Lock& lock) {
+bool Pool::bury_again(Lock& lock) noexcept {
   const bool any = bury_own_again(lock);
   if (left_pools.load() == nullptr) return any;
   begin_work();
@@ -358,13 +374,18 @@ bool Pool::bury_again(Lock& lock) {
   return any || any_left;
 }
 
-bool Pool::bury_own_again(Lock& lock) {
-  std::vector<Remains> tried = std::exchange(unburied_, {});
+bool Pool::bury_own_again(Lock& lock) noexcept {
+  std::list<Remains> tried;
+  tried.swap(unburied_);
   if (tried.empty()) return false;
   bool any = false;
   begin_work();
   lock.unlock();
-  for (Remains& remains : tried) any = bury(std::move(remains)) || any;
+  while (!tried.empty()) {
+    std::list<Remains> one;
+    one.splice(one.end(), tried, tried.begin());
+    any = bury(std::move(one)) || any;
+  }
   lock.lock();
   end_work();
   announce();
@@ -528,17 +549,18 @@ std::size_t Pool::take_surplus(Lock& lock, std::size_t bytes, bool in_use) {
 
 std::size_t Pool::shrink(Lock& lock, std::size_t keep_bytes) {
   Work work;
+  make_room(work.destroys, count_free());
   std::size_t gone = 0;
   for (std::size_t order = kOrders; order-- > 0;) {
-    while (!free_[order].empty() && free_bytes_ >= keep_bytes + bytes(*free_[order].back())) {
+    while (!free_[order].empty() && free_bytes_ >= keep_bytes + bytes(*free_[order].top())) {
       gone += destroy_later(work, free_[order]);
     }
   }
   // What is left of the excess is less than the smallest extent that is left, which goes too.
   if (free_bytes_ > keep_bytes) {
-    gone += destroy_later(
-        work, *std::find_if(free_.begin(), free_.end(),
-                            [](const std::vector<Extent*>& list) { return !list.empty(); }));
+    gone +=
+        destroy_later(work, *std::find_if(free_.begin(), free_.end(),
+                                          [](const ExtentStack& list) { return !list.empty(); }));
   }
   if (work.destroys.empty()) return 0;
   require(run(lock, work));
@@ -610,12 +632,13 @@ void Pool::lower(Lock& lock) noexcept {
 bool Pool::refill(Lock& lock) {
   if (!below_low()) return false;
   Work work;
-  while (free_bytes_ + work.creates.size() * page_bytes_ < config_.low_bytes &&
-         held_bytes_ + page_bytes_ <= config_.budget_bytes) {
-    work.creates.push_back(new_extent(0));
-    held_bytes_ += page_bytes_;
-  }
-  if (work.creates.empty()) return false;
+  const std::size_t missing =
+      std::min((config_.low_bytes - free_bytes_ + page_bytes_ - 1) / page_bytes_,
+               (config_.budget_bytes - held_bytes_) / page_bytes_);
+  make_room(work.creates, missing);
+  reserve_records(missing);
+  for (std::size_t i = 0; i < missing; ++i) work.creates.push_back(new_extent(0));
+  held_bytes_ += missing * page_bytes_;
   peak_held_bytes_ = std::max(peak_held_bytes_, held_bytes_);
   return run(lock, work).ok();
 }

@@ -16,6 +16,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -40,6 +41,7 @@ struct Remains {
   struct Part {
     Work::Range range;
     std::vector<Extent*> extents;  // one for each mapping in it, aliases too
+    bool unmapped = false;
   };
   std::vector<Part> parts;
   Extent* guard = nullptr;
@@ -125,23 +127,23 @@ class Pool {
 
   // Puts an extent into each piece (their `order`s are in `orders`): free ones of the size first,
   // then new ones, for which free ones of other sizes are given up where the budget is short.
-  // Requires: the sizes sum to at most available_bytes().
+  // Requires: the sizes sum to at most available_bytes(). Changes nothing where it throws.
   void take(Work& work, const std::vector<std::uint8_t>& orders);
   // After work.run(): books what became of everything it carried. Pieces that were built are
   // owned now; all others are back in the pool. Unmapped ranges are the caller's to book.
-  void settle(const Work& work, bool built);
+  void settle(const Work& work, bool built) noexcept;
   // One mapping less of the extent; the last one makes it free, and dirty.
-  void release(Extent* extent);
+  void release(Extent* extent) noexcept;
   // One owner less that was no mapping.
-  void disown(Extent* extent);
+  void disown(Extent* extent) noexcept;
   // Gives back what an allocator leaves; called without the lock. Waits for the device unless it is
   // known to be done. While it cannot be waited for, as where a stream of it is being captured, all
   // is kept, and tried again where memory is wanted. What the driver will not unmap is left to the
-  // process. Returns whether it is buried.
-  bool bury(Remains remains);
+  // process. Returns whether it is buried. One, in a list, so that keeping it cannot fail.
+  bool bury(std::list<Remains> one) noexcept;
   // Tries again what could not be buried, of pools that are gone too; drops the lock meanwhile.
   // Returns whether any was.
-  bool bury_again(Lock& lock);
+  bool bury_again(Lock& lock) noexcept;
   // The same, of pools that are gone only; called without a lock.
   static bool bury_left_pools() noexcept;
   // As settle() does not know of it: a mapping of its own call that is gone.
@@ -220,16 +222,19 @@ class Pool {
   // The last owner is gone. While something of it cannot be buried, the pool stays: with the
   // process, which tries again when it makes a pool or buries something.
   static bool end(Pool* pool) noexcept;
-  bool bury_own_again(Lock& lock);
+  bool bury_own_again(Lock& lock) noexcept;
 
   [[nodiscard]] std::size_t bytes(const Extent& extent) const noexcept {
     return extent.pages() * page_bytes_;
   }
-  Extent* new_extent(std::uint8_t order);
+  // So that as many new extents cannot fail.
+  void reserve_records(std::size_t count);
+  Extent* new_extent(std::uint8_t order) noexcept;
   void drop_extent(Extent* extent) noexcept;
-  void put_free(Extent* extent);
-  void exchange(Work& work, std::size_t created_bytes);
-  std::size_t destroy_later(Work& work, std::vector<Extent*>& list);
+  void put_free(Extent* extent) noexcept;
+  void exchange(Work& work, std::size_t created_bytes) noexcept;
+  [[nodiscard]] std::size_t count_free() const noexcept;
+  std::size_t destroy_later(Work& work, ExtentStack& list) noexcept;
   void require(const Status& status) const;
   // Does work that touches no slot, without the lock, and books it.
   [[nodiscard]] Status run(Lock& lock, Work& work);
@@ -262,9 +267,9 @@ class Pool {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::array<std::vector<Extent*>, kOrders> free_;
+  std::array<ExtentStack, kOrders> free_;
   std::vector<std::unique_ptr<Extent>> extents_;  // every record there is
-  std::vector<Extent*> spare_records_;            // records of destroyed extents
+  ExtentStack spare_records_;                     // records of no extent
   std::size_t held_bytes_ = 0;
   std::size_t peak_held_bytes_ = 0;
   std::size_t free_bytes_ = 0;
@@ -274,9 +279,10 @@ class Pool {
   std::uint64_t gains_ = 0;
   std::size_t stuck_bytes_ = 0;  // behind mappings that the driver would not undo
   PoolStats counters_;
-  std::vector<Fence> spare_fences_;
+  std::vector<Fence> spare_fences_;  // with room for every fence there is
+  std::size_t fences_ = 0;
   std::vector<Allocator*> allocators_;
-  std::vector<Remains> unburied_;
+  std::list<Remains> unburied_;
   Pool* next_left_ = nullptr;  // of the pools that are gone but for what cannot be buried
   std::unique_ptr<Mapper> mapper_;
 };

@@ -2,6 +2,7 @@
 // live sequences hold beyond their needs. A plan chooses mappings; the pool unmaps them without
 // the lock; finish_unmapping books each one that is really gone.
 #include <algorithm>
+#include <list>
 #include <utility>
 
 #include "core/allocator.h"
@@ -188,7 +189,8 @@ bool Allocator::is_quiet(Slot& slot) {
 // The last owner is gone: everything goes back.
 void Allocator::tear_down() noexcept {
   try {
-    Remains remains;
+    std::list<Remains> one(1);
+    Remains& remains = one.front();
     remains.reservation = {base_, config_.reserved_bytes};
     const auto add = [&](std::uint32_t slot, std::uint32_t region, std::size_t first,
                          std::size_t last, bool guarded, const std::vector<Mapping>& mappings) {
@@ -222,7 +224,7 @@ void Allocator::tear_down() noexcept {
         if (slot.cleared != 0) pool_->return_fence(slot.cleared);
       }
     }
-    if (pool_->bury(std::move(remains))) (void)Pool::bury_left_pools();
+    if (pool_->bury(std::move(one))) (void)Pool::bury_left_pools();
   } catch (...) {
     // Nothing can be reported from a destructor; the memory stays accounted as held.
   }

@@ -18,7 +18,6 @@ namespace vattention {
 namespace {
 
 using WithoutGil = py::call_guard<NoGil>;
-using PyIds = std::vector<std::pair<std::uint32_t, std::uint64_t>>;
 
 // The lengths of a step: a C-contiguous buffer of 64-bit integers, read in place.
 class Lengths {
@@ -160,15 +159,13 @@ void bind_allocator(py::module_& module) {
           "allocate",
           [](Allocator& allocator, std::size_t count, std::int64_t tokens, Stream stream,
              std::int64_t expected_tokens) {
-            PyIds ids;
-            for (const SequenceId& id :
-                 allocator.allocate(count, tokens, stream, expected_tokens)) {
-              ids.emplace_back(id.slot, id.generation);
-            }
+            const std::vector<SequenceId> made = call_without_gil(
+                [&] { return allocator.allocate(count, tokens, stream, expected_tokens); });
+            py::list ids;
+            for (const SequenceId& id : made) ids.append(py::make_tuple(id.slot, id.generation));
             return ids;
           },
-          py::arg("count"), py::arg("tokens"), py::arg("stream"), py::arg("expected_tokens") = 0,
-          WithoutGil())
+          py::arg("count"), py::arg("tokens"), py::arg("stream"), py::arg("expected_tokens") = 0)
       .def(
           "try_step_lengths",
           [](Allocator& allocator, const py::object& lengths) {
