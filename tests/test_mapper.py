@@ -886,12 +886,7 @@ def test_the_thread_is_not_woken_for_a_guard_that_it_leaves_alone(device: str) -
     sequence = rig.kv.allocate(4)  # its slack is a guard: a step has to take it away
     until(lambda: wakes_of_other_threads(0.05) <= 3, "the thread sleeps")
 
-    def steps() -> None:
-        for _ in range(100):
-            rig.kv.step({sequence: 8})
-            time.sleep(0.001)
-
-    assert wakes_of_other_threads_during(steps) <= 10
+    assert wakes_of_other_threads_during(lambda: step_often(rig, sequence, 8)) <= 10
     assert any(mapping[5] == "read" for mapping in rig.kv.mappings())
     assert rig.kv.stats().waited_steps == 0
     rig.kv.check()
@@ -905,12 +900,7 @@ def test_the_thread_is_not_woken_for_memory_that_it_did_not_find(device: str) ->
     rig.kv.step({sequence: 5})
     until(lambda: rig.kv.stats().ahead_failures == 1, "the failure is counted")
 
-    def steps() -> None:
-        for _ in range(100):
-            rig.kv.step({sequence: 5})
-            time.sleep(0.001)
-
-    assert wakes_of_other_threads_during(steps) <= 10
+    assert wakes_of_other_threads_during(lambda: step_often(rig, sequence, 5)) <= 10
     assert rig.kv.stats().ahead_failures == 1
     rig.pool.set_budget(20 * rig.page)
     rig.kv.step({sequence: 5})
@@ -931,12 +921,20 @@ def test_the_thread_looks_again_where_a_fence_may_have_passed() -> None:
     rig.kv.check()
 
 
+def step_often(rig: Rig, sequence: va.Sequence, tokens: int) -> None:
+    """So far apart that a thread could go to sleep in between."""
+    for _ in range(100):
+        rig.kv.step({sequence: tokens})
+        time.sleep(0.001)
+
+
 def wakes_of_other_threads(duration_s: float) -> int:
-    """How often threads that live all that time, and are not this one, have gone to sleep."""
+    """The same of a time in which this thread does nothing."""
     return wakes_of_other_threads_during(lambda: time.sleep(duration_s))
 
 
 def wakes_of_other_threads_during(function: Callable[[], None]) -> int:
+    """How often threads that live all that time, and are not this one, have gone to sleep."""
 
     def counts() -> dict[str, int]:
         found = {}

@@ -383,7 +383,7 @@ def test_model_that_was_moved_runs_as_before_until_it_is_back():
 
 
 def test_next_turn_of_one_token_sees_weights_that_changed():
-    model, plain = make_model("llama"), make_model("llama")
+    model = make_model("llama")
     inputs = prompts([12, 9], "cpu")
     with torch.no_grad(), enabled(model) as engine:
         cache, token = start(model, engine, inputs)
@@ -401,7 +401,6 @@ def test_next_turn_of_one_token_sees_weights_that_changed():
         )
         assert output.shape[1] == ids.shape[1] + 3
         assert not set(decoders) & set(engine._decoders.values())
-        del plain
 
 
 def test_attention_is_chosen_between_calls_of_other_threads():

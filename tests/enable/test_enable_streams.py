@@ -6,6 +6,7 @@ Without a GPU: with streams that only note what they wait for.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
@@ -77,25 +78,32 @@ def test_on_a_cpu_there_are_no_streams(monkeypatch):
     order.follow()
 
 
+def give_up(end: str, model: Any, token: Any, caches: list[Any]) -> None:
+    """Lets go of memory of the only cache, or of all of it; "disabled": later."""
+    if end == "call":
+        model(input_ids=token, past_key_values=caches[0])
+    elif end == "crop":
+        caches[0].crop(-1)
+    elif end == "reset":
+        caches[0].reset()
+    elif end == "collected":
+        caches.clear()
+
+
 @pytest.mark.parametrize("end", ["call", "crop", "reset", "collected", "disabled"])
 def test_what_gives_memory_up_follows_the_last_call(use, monkeypatch, end):
     model = build("llama", "cpu")
     first, second = FakeStream("first"), FakeStream("second")
     with torch.no_grad(), enabled(model) as engine:
         cache, token = start(model, engine, prompts([9, 4], "cpu"))
+        caches = [cache]
+        del cache
         # The order of a GPU, over memory of a CPU.
         monkeypatch.setattr(engine.order, "_device", torch.device("cuda:0"))
         use(first)
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, past_key_values=caches[0])
         use(second)
-        if end == "call":
-            model(input_ids=token, past_key_values=cache)
-        elif end == "crop":
-            cache.crop(-1)
-        elif end == "reset":
-            cache.reset()
-        elif end == "collected":
-            del cache
+        give_up(end, model, token, caches)
         if end != "disabled":
             assert second.waited == ["first"]
     assert second.waited[0] == "first"
@@ -109,20 +117,15 @@ def test_what_gives_memory_up_waits_for_a_call_that_runs(apart, spin, end):
     with torch.no_grad(), enabled(model, pool=exact_pool("cuda")) as engine:
         cache, token = start(model, engine, prompts([9, 4], "cuda"))
         decode(model, cache, token, 2)  # everything is loaded and captured
+        caches = [cache]
+        del cache
         torch.cuda.synchronize()
         running, given_up = torch.cuda.Event(), torch.cuda.Event()
         with torch.cuda.stream(apart):
             spin(300)
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, past_key_values=caches[0])
             running.record()
-        if end == "call":
-            model(input_ids=token, past_key_values=cache)
-        elif end == "crop":
-            cache.crop(-1)
-        elif end == "reset":
-            cache.reset()
-        elif end == "collected":
-            del cache
+        give_up(end, model, token, caches)
         assert not running.query()  # the host has not waited
         given_up.record()
         given_up.synchronize()

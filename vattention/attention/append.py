@@ -2,9 +2,8 @@
 
 One kernel writes both, and rotates queries and K by their positions first (RoPE) if it is told to.
 It takes slots and positions from the batch, on the device, so that a CUDA graph of it writes to
-wherever the sequences are when it is replayed. Where there is no Triton, or it
-does not know a kind of 8-bit floats, torch does the same: on a GPU it waits there, and cannot be
-captured.
+wherever the sequences are when it is replayed. Where there is no Triton, or it does not know a kind
+of 8-bit floats, torch does the same: on a GPU it waits there, and cannot be captured.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ class Decoder:
         axes: what precedes rows in the shape of positions; some models count them several times.
     """
 
-    def __init__(
-        self, engine: Engine, rows: int, max_length: int, axes: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, engine: Engine, rows: int, max_length: int, axes: tuple[int, ...]) -> None:
         """Captures the graph, which takes a second, and compiles before if it has to."""
         self.rows = rows
         self.max_length = max_length
